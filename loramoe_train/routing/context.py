@@ -1,0 +1,62 @@
+"""Side information for the routed layers, handed to each of them once, at injection.
+
+A layer asks the context for its routing mode and for facts about the tokens; the context collects what each site
+decided. Three rules keep that honest:
+
+- The context stays open until backward has ended: gradient checkpointing runs layers again during backward, and they
+  must find the same tokens. A layer in training mode that finds it closed raises.
+- Records are a dict by site, so a recomputed layer overwrites its record and nothing is counted twice.
+- In evaluation mode a closed context is fine: nothing is recorded, so a generation loop can just call the model.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Literal
+
+from loramoe_train.routing.types import Routing, Tokens
+
+Mode = Literal["learned", "by_domain", "uniform", "off"]
+
+
+class RoutingContext:
+    """The one object that all routed layers of a model share."""
+
+    def __init__(self) -> None:
+        self.mode: Mode = "learned"
+        self.records: dict[str, Routing] = {}
+        self._tokens: Tokens | None = None
+
+    @property
+    def is_open(self) -> bool:
+        return self._tokens is not None
+
+    @property
+    def tokens(self) -> Tokens:
+        """The tokens of the batch in flight; raises RuntimeError when the context is closed."""
+        if self._tokens is None:
+            raise RuntimeError("the routing context is closed: run the model inside `with context.open(tokens):`")
+        return self._tokens
+
+    @contextmanager
+    def open(self, tokens: Tokens) -> Iterator[dict[str, Routing]]:
+        """Give the layers the tokens of one forward and backward pass; yields the records. Nesting is refused."""
+        if self._tokens is not None:
+            raise RuntimeError("the routing context is open already: close it after backward")
+        self._tokens, self.records = tokens, {}
+        try:
+            yield self.records
+        finally:
+            self._tokens, self.records = None, {}
+
+    @contextmanager
+    def override(self, mode: Mode) -> Iterator[None]:
+        """Route differently for a while: `off` is the base model bit for bit, `uniform` the average of all experts."""
+        before, self.mode = self.mode, mode
+        try:
+            yield
+        finally:
+            self.mode = before
+
+    def record(self, site: str, routing: Routing) -> None:
+        if self._tokens is not None:
+            self.records[site] = routing

@@ -1,0 +1,34 @@
+"""The shared vocabulary of routing: what was decided for a token, and what is known about the tokens of a batch.
+
+Legend: B rows, S positions, N = B * S tokens, E experts.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Routing:
+    """One decision of one router in one forward pass; never changed afterwards."""
+
+    weights_NE: Tensor  # float32, 0 where a token does not use an expert
+    logits_NE: Tensor | None = None  # float32, before normalising; None where nothing was scored
+
+
+@dataclass(frozen=True)
+class Tokens:
+    """What is known about the N tokens of a batch, row after row; padding is marked here and nowhere else.
+
+    `valid` is the explicit token mask of the collator: never derived from token ids or from an attention mask.
+    `task` and `domain` are -1 on padding. `supervised` is true where the token at that position carries loss.
+    """
+
+    valid_N: Tensor  # bool
+    task_N: Tensor  # int64, index into the mixture's tasks
+    domain_N: Tensor  # int64, index into the mixture's domains
+    supervised_N: Tensor  # bool
+
+    def to(self, device: torch.device) -> "Tokens":
+        return Tokens(*(field.to(device) for field in (self.valid_N, self.task_N, self.domain_N, self.supervised_N)))

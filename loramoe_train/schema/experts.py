@@ -1,0 +1,38 @@
+"""Groups `experts`, `router` and `aux_loss`: what is added to the model, who chooses, and what regularises the choice."""
+
+from typing import Literal
+
+from pydantic import Field
+
+from loramoe_train.schema.base import Part, Strict
+
+PER_DOMAIN = "per_domain"  # layout: as many experts in every layer as the mixture has domains
+
+
+class ExpertsConfig(Strict):
+    """The expert layout and the shape of one expert."""
+
+    layout: int | str | list[int] = 8  # one count, a group code such as "2468", a list per layer, or per_domain
+    rank: int | list[int] = Field(default=8)  # one rank, or one per layer
+    alpha: float = Field(default=16.0, gt=0)
+    scale: Literal["alpha_over_rank", "alpha_over_sqrt_rank", "constant"] = "alpha_over_rank"  # constant: alpha itself
+    dropout: float = Field(default=0.0, ge=0, lt=1)  # on the experts' input
+    sites: str | list[str] = "all_linear"  # site kinds of the model group, module names, or all_linear
+    adapters: list[str] = Field(default_factory=list)  # PEFT LoRA folders that become the experts, in this order
+    make: Part = Field(default_factory=dict)  # the bank that holds the experts of one site
+
+
+class RouterConfig(Strict):
+    """Who weighs the experts of a site for a token."""
+
+    scope: Literal["none", "site", "block", "model", "sequence"] = "site"  # where one decision is taken
+    top_k: int | list[int] | None = None  # experts per token where selection is sparse; one number, or one per layer
+    make: Part | None = None  # null: every expert has weight 1 (plain LoRA when there is one)
+
+
+class AuxLossConfig(Strict):
+    """One auxiliary loss: `weight` times an unweighted function of the routing records."""
+
+    weight: float = 1.0
+    scope: Literal["step", "micro_batch"] = "step"  # over which tokens its statistics are taken
+    make: Part

@@ -1,0 +1,24 @@
+"""Group `model`: which base model, in which precision, and what its linear layers are called."""
+
+from typing import Any, Literal
+
+from pydantic import Field
+
+from loramoe_train.schema.base import Strict
+
+
+class ModelConfig(Strict):
+    """The frozen base model and its tokenizer."""
+
+    name: str  # hub name, or the name of an embedded model; recorded in every checkpoint
+    path: str | None = None  # a local folder (or a folder with a GGUF file) that replaces the hub
+    revision: str | None = None  # hub revision
+    gguf_file: str | None = None  # file name inside the folder or hub repository, read through transformers
+    dtype: Literal["float32", "bfloat16"] = "float32"  # of the frozen base; what is trained stays float32
+    attention: Literal["sdpa", "eager", "flash_attention_2"] = "sdpa"
+    quantization: Literal["none", "nf4", "int8"] = "none"  # through bitsandbytes
+    gradient_checkpointing: bool = False  # the non-reentrant kind
+    trust_remote_code: bool = False
+    layers: str = "model.layers"  # dotted name of the list of decoder layers
+    sites: dict[str, list[str]] = Field(default_factory=dict)  # site kind -> module names inside one layer
+    architecture: dict[str, Any] | None = None  # facts of config.json, so that a plan needs no hub
