@@ -21,7 +21,8 @@ Mode = Literal["learned", "by_domain", "uniform", "off"]
 class RoutingContext:
     """The one object that all routed layers of a model share."""
 
-    def __init__(self) -> None:
+    def __init__(self, num_domains: int = 1) -> None:
+        self.num_domains = num_domains
         self.mode: Mode = "learned"
         self.records: dict[str, Routing] = {}
         self._tokens: Tokens | None = None

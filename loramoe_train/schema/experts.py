@@ -6,8 +6,6 @@ from pydantic import Field
 
 from loramoe_train.schema.base import Part, Strict
 
-PER_DOMAIN = "per_domain"  # layout: as many experts in every layer as the mixture has domains
-
 
 class ExpertsConfig(Strict):
     """The expert layout and the shape of one expert."""
@@ -19,13 +17,13 @@ class ExpertsConfig(Strict):
     dropout: float = Field(default=0.0, ge=0, lt=1)  # on the experts' input
     sites: str | list[str] = "all_linear"  # site kinds of the model group, module names, or all_linear
     adapters: list[str] = Field(default_factory=list)  # PEFT LoRA folders that become the experts, in this order
-    make: Part = Field(default_factory=dict)  # the bank that holds the experts of one site
+    make: Part  # the bank that holds the experts of one site
 
 
 class RouterConfig(Strict):
     """Who weighs the experts of a site for a token."""
 
-    scope: Literal["none", "site", "block", "model", "sequence"] = "site"  # where one decision is taken
+    scope: Literal["none", "site"] = "site"  # where one decision is taken: nowhere, or at every linear for itself
     top_k: int | list[int] | None = None  # experts per token where selection is sparse; one number, or one per layer
     make: Part | None = None  # null: every expert has weight 1 (plain LoRA when there is one)
 
