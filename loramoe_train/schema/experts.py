@@ -1,4 +1,4 @@
-"""Groups `experts`, `router` and `aux_loss`: what is added to the model, who chooses, and what regularises the choice."""
+"""Groups `experts`, `router`, `aux_loss`: what is added to the model, who chooses, what regularises the choice."""
 
 from typing import Literal
 

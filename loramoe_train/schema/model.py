@@ -7,6 +7,23 @@ from pydantic import Field
 from loramoe_train.schema.base import Strict
 
 
+class SuggestConfig(Strict):
+    """Sizes that suit this model; `${oc.select:model.suggest.X,DEFAULT}` in other groups and recipes picks them up.
+
+    A paper's rank or learning rate for a 7B model is of no use on one of a few million parameters, and a recipe must not
+    fix the model. A key given on the command line wins as always.
+    """
+
+    rank: int | None = None
+    alpha: float | None = None
+    dropout: float | None = None
+    lr: float | None = None
+    router_lr: float | None = None
+    batch_size: int | None = None
+    micro_batch_size: int | None = None
+    max_steps: int | None = None
+
+
 class ModelConfig(Strict):
     """The frozen base model and its tokenizer."""
 
@@ -21,4 +38,5 @@ class ModelConfig(Strict):
     trust_remote_code: bool = False
     layers: str = "model.layers"  # dotted name of the list of decoder layers
     sites: dict[str, list[str]] = Field(default_factory=dict)  # site kind -> module names inside one layer
+    suggest: SuggestConfig = Field(default_factory=SuggestConfig)
     architecture: dict[str, Any] | None = None  # facts of config.json, so that a plan needs no hub

@@ -2,13 +2,13 @@
 
 from typing import Any
 
-from pydantic import Field
+from pydantic import BaseModel, Field
 
 from loramoe_train.schema.base import Strict
 from loramoe_train.schema.data import DataConfig
 from loramoe_train.schema.evaluation import EvalConfig, LauncherConfig
 from loramoe_train.schema.experts import AuxLossConfig, ExpertsConfig, RouterConfig
-from loramoe_train.schema.model import ModelConfig
+from loramoe_train.schema.model import ModelConfig, SuggestConfig
 from loramoe_train.schema.trainer import TrainerConfig
 
 
@@ -33,3 +33,22 @@ class RunConfig(Strict):
     def plain(self) -> dict[str, Any]:
         """A dict of plain values, ready for YAML."""
         return self.model_dump(mode="json")
+
+
+def defaults(model: type[BaseModel] = RunConfig) -> dict[str, Any]:
+    """Every key of the schema with its default, `???` where a value must be given: Hydra's own picture of the schema.
+
+    Laid below the YAML groups, it makes every key known to Hydra, so that an override needs no `+`.
+    """
+    values: dict[str, Any] = {}
+    for name, field in model.model_fields.items():
+        if isinstance(field.annotation, type) and issubclass(field.annotation, SuggestConfig):
+            values[name] = {}  # an entry that is null would hide the default of `oc.select`
+        elif isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
+            values[name] = defaults(field.annotation)
+        elif field.is_required():
+            values[name] = "???"
+        else:
+            default = field.get_default(call_default_factory=True)
+            values[name] = list(default) if isinstance(default, tuple) else default
+    return values

@@ -21,7 +21,7 @@ class StageConfig(Strict):
     lr: float | None = Field(default=None, gt=0)
     router_lr: float | None = Field(default=None, gt=0)
     aux_loss: list[str] | None = None  # names of configured terms; null: all of them
-    anchor: float = Field(default=0.0, ge=0)  # preservation: anchor * sum ||theta - theta_at_stage_start||^2 over experts
+    anchor: float = Field(default=0.0, ge=0)  # preservation: anchor * sum ||theta - theta_start||^2 over experts
 
 
 class EarlyStoppingConfig(Strict):
@@ -35,7 +35,7 @@ class TrainerConfig(Strict):
     batch_size: int = Field(default=32, gt=0)  # examples per optimizer step, over all processes
     micro_batch_size: int = Field(default=8, gt=0)  # examples per forward pass and process
     epochs: float = Field(default=1.0, gt=0)  # passes over the mixture, for stages that do not say
-    max_steps: int | None = Field(default=None, gt=0)  # optimizer steps of the whole run, shared among its stages
+    max_steps: int | None = Field(default=None, gt=0)  # of the whole run, shared by its stages; wins over epochs
     optimizer: Literal["adamw", "adamw_8bit"] = "adamw"
     lr: float = Field(default=2e-4, gt=0)  # of the experts
     router_lr: float | None = Field(default=None, gt=0)  # of the routers; null: lr

@@ -1,0 +1,134 @@
+"""The composition root: from a `RunConfig` to a base model with routed experts and the losses on their routing."""
+
+import hashlib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from loramoe_train.errors import ConfigError
+from loramoe_train.experts.inject import inject, trainable_groups
+from loramoe_train.experts.linear import ExpertLinear
+from loramoe_train.experts.peft_folder import LoraAdapter, read_peft_folder
+from loramoe_train.experts.plan import ExpertSpec, plan_experts, plan_imported
+from loramoe_train.experts.sites import Site
+from loramoe_train.experts.ssm import adapt_mixers
+from loramoe_train.models import find_sites
+from loramoe_train.parts import build_part, takes
+from loramoe_train.routing.context import RoutingContext
+from loramoe_train.schema.run import RunConfig
+from loramoe_train.training.parts import AuxTerm
+from loramoe_train.validation import check_layout
+
+
+@dataclass(frozen=True)
+class RoutedModel:
+    """A base model with experts beside its planned sites."""
+
+    model: nn.Module
+    context: RoutingContext
+    plan: dict[str, ExpertSpec]
+    layers: dict[str, ExpertLinear]
+
+    @property
+    def groups(self) -> dict[str, dict[str, nn.Parameter]]:
+        return trainable_groups(self.layers)
+
+
+def read_adapters(config: RunConfig) -> list[LoraAdapter]:
+    """The PEFT folders of `experts.adapters`; their base must be this one as far as its name tells."""
+    adapters = [read_peft_folder(Path(path)) for path in config.experts.adapters]
+    own = {config.model.name, config.model.path}
+    for path, adapter in zip(config.experts.adapters, adapters, strict=True):
+        base = adapter.base_model
+        if base and Path(base).name not in {Path(name).name for name in own if name}:
+            raise ConfigError(
+                f"experts.adapters: {path} was trained on '{base}', but the base is '{config.model.name}';"
+                " name the same model"
+            )
+    return adapters
+
+
+def plan_sites(
+    config: RunConfig, model: nn.Module, domains: Sequence[str], adapters: Sequence[LoraAdapter] = ()
+) -> dict[str, ExpertSpec]:
+    """Which site gets which experts. `model` may be on the meta device. ConfigError where nothing fits."""
+    sites = find_sites(model, config.model.layers, config.model.sites, config.experts.sites)
+    num_layers = len(model.get_submodule(config.model.layers))
+    counts, ranks, top_k = check_layout(config, num_layers, list(domains))
+    experts = config.experts
+    if not adapters:
+        return plan_experts(sites, counts=counts, ranks=ranks, top_k=top_k, alpha=experts.alpha, scale=experts.scale)
+    _check_coverage(adapters, sites, experts.adapters)
+    rank_of = [{name: pair.down.shape[0] for name, pair in adapter.modules.items()} for adapter in adapters]
+    return plan_imported(sites, rank_of, top_k=top_k)
+
+
+def _check_coverage(adapters: Sequence[LoraAdapter], sites: Sequence[Site], paths: Sequence[str]) -> None:
+    """Every module of every adapter must be a site of the right size: weights are never dropped without a word."""
+    known = {site.name: site for site in sites}
+    for path, adapter in zip(paths, adapters, strict=True):
+        for name, pair in adapter.modules.items():
+            if name not in known:
+                raise ConfigError(
+                    f"experts.adapters: {path} has weights for {name}, which experts.sites does not select;"
+                    " use experts.sites=all_linear or name its module"
+                )
+            shape, wanted = (pair.down.shape[1], pair.up.shape[0]), (known[name].in_features, known[name].out_features)
+            if shape != wanted:
+                raise ConfigError(f"experts.adapters: {path}: {name} is {shape} (in, out), the base has {wanted}")
+
+
+def attach(
+    config: RunConfig,
+    model: nn.Module,
+    plan: Mapping[str, ExpertSpec],
+    *,
+    num_domains: int,
+    adapters: Sequence[LoraAdapter] = (),
+) -> RoutedModel:
+    """Wrap the planned sites. What is fresh is seeded by (seed, site), whatever else the layout holds."""
+    context, trusted = RoutingContext(num_domains), config.trusted_modules
+
+    def make(part: dict[str, Any], key: str, spec: ExpertSpec, device: torch.device, **facts: Any) -> nn.Module:
+        on_meta = device.type == "meta"
+        digest = hashlib.sha256(f"{config.seed}:{key}:{spec.site.name}".encode()).digest()
+        generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "big") >> 1)
+        facts = {**facts, "device": device if on_meta else "cpu", "generator": generator}
+        built = build_part(part, key, facts=facts, trusted=trusted)
+        return built if on_meta else built.to(device)
+
+    def make_bank(spec: ExpertSpec, device: torch.device) -> Any:
+        shape = {"d_in": spec.site.in_features, "d_out": spec.site.out_features}
+        shape |= {"ranks": spec.ranks, "scales": spec.scales, "dropout": config.experts.dropout}
+        return make(config.experts.make, "experts.make", spec, device, **shape)
+
+    def make_router(spec: ExpertSpec, device: torch.device) -> nn.Module | None:
+        if config.router.make is None:
+            return None
+        facts = {"d_in": spec.site.in_features, "num_experts": spec.num_experts, "top_k": spec.top_k}
+        return make(config.router.make, "router.make", spec, device, **facts)
+
+    layers = inject(model, plan, make_bank=make_bank, make_router=make_router, context=context)
+    adapt_mixers(model, layers)
+    for expert, adapter in enumerate(adapters):
+        for name, pair in adapter.modules.items():
+            bank = layers[name].bank
+            with torch.no_grad():
+                bank.down[bank.columns(expert)] = pair.down.to(bank.down.device)
+                bank.up[:, bank.columns(expert)] = pair.up.to(bank.up.device)
+    return RoutedModel(model, context, dict(plan), layers)
+
+
+def build_aux(config: RunConfig, plan: Mapping[str, ExpertSpec]) -> dict[str, AuxTerm]:
+    """The configured auxiliary losses; those that count top-k shares get each site's own k."""
+    terms = {}
+    for name, term in config.aux_loss.items():
+        facts = {"top_k": {site: spec.top_k for site, spec in plan.items()}}
+        needed = facts if takes(term.make, "top_k", config.trusted_modules) else {}
+        loss = build_part(term.make, f"aux_loss.{name}.make", facts=needed, trusted=config.trusted_modules)
+        terms[name] = AuxTerm(name, term.weight, term.scope, loss)
+    return terms

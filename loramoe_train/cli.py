@@ -1,0 +1,227 @@
+"""The commands. Hydra composes, `validation.py` checks, then one function of the program gets a typed `RunConfig`.
+
+Nothing heavy is imported here: `--help` and `--cfg job` answer at once. Every LoramoeError becomes one line on stderr
+and its exit code (errors.py); a traceback means a defect.
+"""
+
+import os
+import re
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from loramoe_train.errors import ConfigError, Interrupted, LoramoeError, OutOfMemoryError, nearest
+from loramoe_train.paths import CONFIGS, RECIPES
+from loramoe_train.schema.run import RunConfig
+
+Command = Callable[[RunConfig, dict[str, Any]], None]
+
+
+def train() -> None:
+    """`loramoe-train`: train, evaluate, write the run folder."""
+
+    def job(config: RunConfig, extra: dict[str, Any]) -> None:
+        from loramoe_train.settle import settle
+
+        settled = settle(config)  # before torch is imported
+        from loramoe_train.run import train_run
+
+        train_run(config, settled)
+
+    _main(job)
+
+
+def plan() -> None:
+    """`loramoe-plan`: sites, parameters, memory, steps and files of a run, without reading a weight."""
+
+    def job(config: RunConfig, extra: dict[str, Any]) -> None:
+        from loramoe_train.planning import print_plan
+
+        print_plan(config, **extra.get("plan", {}))
+
+    _main(job, extras={"plan": ("batch", "sequence")})
+
+
+def data() -> None:
+    """`loramoe-data`: processed examples of each task, with the supervised part coloured, and length statistics."""
+
+    def job(config: RunConfig, extra: dict[str, Any]) -> None:
+        from loramoe_train.run import show_data
+
+        show_data(config, **extra.get("show", {}))
+
+    _main(job, extras={"show": ("n", "ids")})
+
+
+def evaluate() -> None:
+    """`loramoe-eval PATH [KEY=VALUE ...]`: benchmarks of a run folder, a checkpoint or an adapter folder."""
+
+    def job() -> None:
+        from loramoe_train.reuse import evaluate_folder
+
+        arguments = sys.argv[1:]
+        if not arguments or arguments[0] in ("-h", "--help"):
+            print(
+                "loramoe-eval RUN_OR_ADAPTER_FOLDER [eval.limit=N] [eval.tasks=[a,b]] [data.root=DIR] [KEY=VALUE ...]"
+            )
+            return
+        if "=" in arguments[0]:
+            raise ConfigError(f"loramoe-eval wants a run or adapter folder first, got '{arguments[0]}'")
+        evaluate_folder(Path(arguments[0]), arguments[1:])
+
+    _guard(job)
+
+
+def _guard(job: Callable[[], None]) -> None:
+    """Run `job`; one line and the right exit code for everything that a user can cause."""
+    try:
+        job()
+    except LoramoeError as error:
+        _fail(str(error), error.exit_code)
+    except KeyboardInterrupt:
+        _fail("interrupted", Interrupted.exit_code)
+    except MemoryError:
+        _fail("out of memory; lower trainer.micro_batch_size or data.max_length", OutOfMemoryError.exit_code)
+
+
+def _fail(message: str, code: int) -> None:
+    print(f"loramoe: {' '.join(message.split())}", file=sys.stderr)
+    sys.exit(code)
+
+
+def _main(command: Command, extras: dict[str, tuple[str, ...]] | None = None) -> None:
+    """Compose with Hydra from the command line and hand a validated config to `command`.
+
+    `extras` are groups of keys which belong to the command and not to the run (`+plan.batch=8`).
+    """
+    import hydra
+    from omegaconf import DictConfig
+
+    # Hydra would print its own, longer message and always exit with 1.
+    os.environ["HYDRA_FULL_ERROR"] = "1"
+    sys.argv[1:] = [f"+{a}" if a.startswith("recipe=") else a for a in sys.argv[1:]]
+    register()
+    refused: list[LoramoeError] = []
+
+    @hydra.main(config_path=str(CONFIGS), config_name="train", version_base="1.3")
+    def job(composed: DictConfig) -> None:
+        try:
+            command(*_typed(composed, extras or {}))
+        except LoramoeError as error:
+            if _is_sweep():
+                raise
+            refused.append(error)  # Hydra would print a line of its own before ours
+
+    def run() -> None:
+        _with_hydra_errors(job)
+        if refused:
+            raise refused[0]
+
+    _guard(run)
+
+
+def _is_sweep() -> bool:
+    from hydra.core.hydra_config import HydraConfig
+    from hydra.types import RunMode
+
+    return HydraConfig.get().mode == RunMode.MULTIRUN
+
+
+def register() -> None:
+    """Tell Hydra the schema's keys and defaults, and every recipe as an option of `recipe` over the whole config."""
+    import yaml
+    from hydra.core.config_store import ConfigStore
+
+    from loramoe_train.schema.run import defaults
+
+    ConfigStore.instance().store(name="schema", node=defaults())
+    for path in sorted(RECIPES.rglob("*.yaml")):
+        name = path.relative_to(RECIPES).with_suffix("").as_posix()
+        group, _, leaf = f"recipe/{name}".rpartition("/")
+        ConfigStore.instance().store(
+            group=group, name=leaf, node=yaml.safe_load(path.read_text(encoding="utf-8")), package="_global_"
+        )
+
+
+def _typed(composed: Any, extras: dict[str, tuple[str, ...]]) -> tuple[RunConfig, dict[str, Any]]:
+    """The run's config with the tasks' definitions filled in, and the command's own keys."""
+    from hydra.core.hydra_config import HydraConfig
+    from omegaconf import OmegaConf
+    from omegaconf.errors import OmegaConfBaseException
+
+    from loramoe_train.data.definitions import load_definitions
+    from loramoe_train.validation import validate
+
+    try:
+        values: dict[str, Any] = OmegaConf.to_container(composed, resolve=True, throw_on_missing=True)  # type: ignore[assignment]
+    except OmegaConfBaseException as error:
+        key = getattr(error, "full_key", None) or "the config"
+        raise ConfigError(f"{key}: {str(error).splitlines()[0]}") from error
+    own = {}
+    for group, names in extras.items():
+        own[group] = values.pop(group, {})
+        for name in own[group]:
+            if name not in names:
+                raise ConfigError(f"unknown key {group}.{name}{nearest(name, names)}")
+    hydra_config = HydraConfig.get()
+    overrides = list(hydra_config.overrides.task)
+    if values.get("trusted_modules") and not any(o.lstrip("+").startswith("trusted_modules=") for o in overrides):
+        raise ConfigError("trusted_modules may only be set on the command line: a file must not widen what it may run")
+    folders = [Path(s.path) / "data" / "task" for s in hydra_config.runtime.config_sources if s.schema == "file"]
+    tasks, definitions = values["data"].get("tasks"), values["data"].get("definitions") or {}
+    if isinstance(tasks, list):
+        values["data"]["definitions"] = load_definitions([str(t) for t in tasks if t not in definitions], folders)
+        values["data"]["definitions"].update(definitions)
+    if _is_sweep():
+        parent = values.get("run_dir")
+        values["run_dir"] = f"{parent}/{hydra_config.job.num}" if parent else hydra_config.runtime.output_dir
+    return validate(values), own
+
+
+def _with_hydra_errors(job: Callable[[], None]) -> None:
+    """Run a Hydra job; turn what Hydra says about the command line into our one line."""
+    from hydra.errors import HydraException, MissingConfigException
+    from omegaconf.errors import OmegaConfBaseException
+
+    try:
+        job()
+    except MissingConfigException as error:
+        wanted = str(error.missing_cfg_file or "")
+        group, _, name = wanted.rpartition("/")
+        options = [str(o) for o in error.options or []]
+        shown = f"{group}={name}" if group else wanted
+        raise ConfigError(f"unknown option {shown}{nearest(name, options)}") from error
+    except (HydraException, OmegaConfBaseException) as error:
+        raise ConfigError(_override_error(str(error))) from error
+
+
+def _override_error(text: str) -> str:
+    """One line for a refused override, with the nearest key or group that exists."""
+    unknown = re.search(r"Could not override '([^']+)'", text) or re.search(r"Key '([^']+)' is not in struct", text)
+    if unknown:
+        key = unknown.group(1)
+        known = _known_keys()
+        return f"unknown key or group '{key}'{nearest(key, known).split('; known')[0]}"
+    return " ".join(line.strip() for line in text.splitlines()[:3])
+
+
+def _known_keys() -> list[str]:
+    """Every key of the composed defaults, dotted, and every group."""
+    from hydra import compose, initialize_config_dir
+    from hydra.core.global_hydra import GlobalHydra
+    from omegaconf import OmegaConf
+
+    GlobalHydra.instance().clear()
+    with initialize_config_dir(str(CONFIGS), version_base="1.3"):
+        values = OmegaConf.to_container(compose("train"))
+    found = [path.name for path in CONFIGS.iterdir() if path.is_dir()] + ["recipe"]
+
+    def walk(value: Any, prefix: str) -> None:
+        if isinstance(value, dict):
+            for name, entry in value.items():
+                found.append(f"{prefix}{name}")
+                walk(entry, f"{prefix}{name}.")
+
+    walk(values, "")
+    return found

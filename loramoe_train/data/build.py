@@ -1,0 +1,119 @@
+"""DataConfig -> Mixture."""
+
+from typing import Any
+
+from loramoe_train.data.mixture import Mixture, TaskData
+from loramoe_train.data.source import Selected, has_split, open_rows
+from loramoe_train.data.templates import Renderer
+from loramoe_train.data.tokens import Encoder
+from loramoe_train.errors import ConfigError, nearest
+from loramoe_train.schema.data import DataConfig, Split, TaskConfig
+
+
+def build_mixture(
+    config: DataConfig,
+    tokenizer: Any,
+    *,
+    seed: int = 0,
+    split: Split = "train",
+    max_positions: int | None = None,
+    check: bool = True,
+) -> Mixture:
+    """The tasks of `config` for one split, every row rendered once (unless `check` is false), tokenised when needed.
+
+    A task without a validation split gives the last rows of its train split to validation: `split="train"` leaves them
+    out, `split="validation"` holds them, and both say so in `notes`. Every task of the config keeps its index, also one
+    without validation rows. `seed` enters the orders of `Mixture.plan`.
+
+    Raises ConfigError (unknown task, `max_length` above `max_positions`), MissingFileError, DataError.
+    """
+    if max_positions is not None and config.max_length > max_positions:
+        raise ConfigError(
+            f"data.max_length={config.max_length} exceeds the model's {max_positions} positions; "
+            f"use at most {max_positions}"
+        )
+    encoder = Encoder(tokenizer, max_length=config.max_length, supervise=config.supervise)
+    tasks, notes = [], []
+    for name in config.tasks:
+        definition = task_definition(config, name)
+        rows, used, note = task_rows(config, name, split)
+        notes += note
+        domain = definition.domain or name
+        tasks.append(TaskData(name, domain, used, rows, Renderer(name, definition, tokenizer)))
+    if check:
+        for task in tasks:
+            task.check()
+    pad_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else encoder.eos
+    return Mixture(tasks, encoder, seed=seed, pad_id=pad_id, notes=notes)
+
+
+def build_validation(
+    config: DataConfig, tokenizer: Any, mixture: Mixture, *, batch_size: int
+) -> tuple[dict[str, list[Any]], tuple[str, ...]]:
+    """({task: its MixedBatches of at most `batch_size` examples}, notes): what the evaluation loss is measured on.
+
+    `mixture` is the training mixture of the same config; task and domain ids are the same in both.
+    """
+    from loramoe_train.data.stage import validation_batches  # imports torch, which planning can do without
+
+    validation = build_mixture(config, tokenizer, seed=mixture.seed, split="validation")
+    assert validation.task_names == mixture.task_names and validation.domain_names == mixture.domain_names
+    return validation_batches(validation, batch_size=batch_size)
+
+
+def task_definition(config: DataConfig, name: str) -> TaskConfig:
+    """The definition of a task. Raises ConfigError with the nearest name when there is none."""
+    if name not in config.definitions:
+        raise ConfigError(f"data.tasks: no task is called '{name}'{nearest(name, config.definitions)}")
+    return config.definitions[name]
+
+
+def task_rows(config: DataConfig, name: str, split: Split) -> tuple[Selected, Split, list[str]]:
+    """(rows, the split that they were read from, notes) of one task; needs no tokenizer. See `build_mixture`."""
+    source = task_definition(config, name).source
+    held_out = config.validation_examples > 0 and not has_split(source, "validation", config.root)
+    if split == "train":
+        rows = open_rows(name, source, "train", config.root)
+        notes = []
+        if held_out:
+            kept = _held_out(rows, config)
+            rows = rows.select(range(len(rows) - kept))
+            notes = [f"{name} has no validation split: the last {kept} of its train rows are held out for it"]
+        return _first(rows, config.max_examples), "train", notes
+    if split == "validation":
+        if config.validation_examples == 0:
+            return Selected(_Nothing(), []), "validation", []
+        if held_out:
+            rows = open_rows(name, source, "train", config.root)
+            kept = _held_out(rows, config)
+            notes = [f"{name} has no validation split: measured on the last {kept} of its train rows"]
+            return rows.select(range(len(rows) - kept, len(rows))), "train", notes
+        rows = open_rows(name, source, "validation", config.root)
+        return _spread(_first(rows, config.max_examples), config.validation_examples), "validation", []
+    return _first(open_rows(name, source, split, config.root), config.max_examples), split, []
+
+
+def _held_out(rows: Selected, config: DataConfig) -> int:
+    """Rows that a task without validation split gives away: never more than a tenth, for small tasks need theirs."""
+    return min(config.validation_examples, len(rows) // 10)
+
+
+def _first(rows: Selected, limit: int | None) -> Selected:
+    return rows if limit is None else rows.select(range(min(limit, len(rows))))
+
+
+def _spread(rows: Selected, count: int) -> Selected:
+    """`count` rows at equal distances: files are often sorted by topic or label."""
+    count = min(count, len(rows))
+    return rows.select([index * len(rows) // count for index in range(count)])
+
+
+class _Nothing:
+    def __len__(self) -> int:
+        return 0
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        raise IndexError(index)
+
+    def where(self, index: int) -> str:
+        raise IndexError(index)

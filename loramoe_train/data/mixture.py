@@ -1,0 +1,107 @@
+"""A mixture: the rows of several tasks, each tokenised when it is first asked for."""
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from loramoe_train.data.sampling import SamplePlan
+from loramoe_train.data.source import Selected
+from loramoe_train.data.templates import Renderer
+from loramoe_train.data.tokens import Encoder, Example
+from loramoe_train.schema.data import SamplingConfig
+
+MEMO_BYTES = 256 * 2**20  # tokenised examples kept per mixture (and worker); beyond it rows are tokenised again
+OVERHEAD_BYTES = 550  # of one kept example besides its tokens (tracemalloc: 532 on CPython 3.11)
+
+
+@dataclass(frozen=True)
+class TaskData:
+    """One task of a mixture: its rows of one split and how they become text."""
+
+    name: str
+    domain: str
+    split: str  # that the rows were read from
+    rows: Selected
+    renderer: Renderer
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def check(self) -> None:
+        """Render every row: a bad one is found before training starts. Raises DataError naming file and line."""
+        for index in range(len(self.rows)):
+            self.renderer(self.rows[index], self.rows.where(index))
+
+
+class Mixture:
+    """Tasks and domains with their indices, and `example(task, row)`.
+
+    `notes` says what a user should know about how the data was taken (rows held out, rows left out).
+    """
+
+    def __init__(
+        self, tasks: Sequence[TaskData], encoder: Encoder, *, seed: int, pad_id: int, notes: Sequence[str] = ()
+    ):
+        self.tasks = tuple(tasks)
+        self.encoder, self.seed, self.pad_id, self.notes = encoder, seed, pad_id, tuple(notes)
+        self.task_names = tuple(task.name for task in tasks)
+        self.domain_names = tuple(dict.fromkeys(task.domain for task in tasks))  # in order of first appearance
+        self.domain_of = tuple(self.domain_names.index(task.domain) for task in tasks)  # task index -> domain index
+        self._touched: set[tuple[int, str]] = set()  # (task, name) of truncated examples
+        self._memo: dict[tuple[int, int], Example] = {}
+        self._memo_bytes = 0
+
+    @property
+    def sizes(self) -> dict[str, int]:
+        """Rows per task."""
+        return {task.name: len(task) for task in self.tasks}
+
+    @property
+    def truncated(self) -> dict[str, int]:
+        """Per task, how many of the examples seen so far were cut to `max_length`."""
+        counts = dict.fromkeys(self.task_names, 0)
+        for task, _ in self._touched:
+            counts[self.task_names[task]] += 1
+        return counts
+
+    def plan(
+        self,
+        sampling: SamplingConfig,
+        *,
+        stage: str = "train",
+        total: int | None = None,
+        examples: int | None = None,
+    ) -> SamplePlan:
+        """The order of this mixture's samples in one stage; see SamplePlan."""
+        return SamplePlan(self.sizes, sampling, seed=self.seed, stage=stage, total=total, examples=examples)
+
+    def example(self, task: int, row: int) -> Example:
+        """The tokens of one row. Raises DataError naming its file and line if it cannot be trained on."""
+        key = (task, row)
+        found = self._memo.get(key)
+        if found is None:
+            found = self._tokenise(task, row)
+            self.note_truncated([found])
+            size = found.ids.nbytes + found.supervised.nbytes + OVERHEAD_BYTES
+            if self._memo_bytes + size <= MEMO_BYTES:
+                self._memo[key] = found
+                self._memo_bytes += size
+        return found
+
+    def note_truncated(self, examples: Iterable[Example]) -> None:
+        """Count what was cut, also by a worker process."""
+        self._touched.update((example.task, example.name) for example in examples if example.truncated)
+
+    def _tokenise(self, task: int, row: int) -> Example:
+        data = self.tasks[task]
+        where = data.rows.where(row)
+        encoded = self.encoder(data.renderer(data.rows[row], where), where)
+        return Example(
+            name=f"{data.name}:{data.split}:{int(data.rows.origin[row])}",
+            task=task,
+            domain=self.domain_of[task],
+            ids=np.asarray(encoded.ids, dtype=np.int32),
+            supervised=np.asarray(encoded.supervised, dtype=bool),
+            truncated=encoded.truncated,
+        )

@@ -1,0 +1,336 @@
+"""Scores a model that is already in memory on benchmarks, through lm-eval; the only module that imports lm-eval.
+
+`evaluate` scores one model; `compare` scores it tuned and, with its adapter switched off, as the base it grew from.
+Both refuse what cannot work before they touch the model, and give it back as they found it (`state.preserved`).
+"""
+
+import gc
+import logging
+import random
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import lm_eval.api.task
+import lm_eval.tasks
+import numpy as np
+import torch
+from lm_eval.evaluator import evaluate as run_lm_eval
+from lm_eval.models.huggingface import HFLM
+from torch import nn
+
+from loramoe_train.errors import ConfigError, DataError, MissingFileError, OutOfMemoryError
+from loramoe_train.evaluation import definitions
+from loramoe_train.evaluation.check import Planned, Selection, check_benchmarks, download_command
+from loramoe_train.evaluation.comparison import paired_score
+from loramoe_train.evaluation.samples import tidy_samples
+from loramoe_train.evaluation.state import max_positions, preserved
+from loramoe_train.evaluation.statistics import standard_error
+from loramoe_train.evaluation.types import BenchmarkResult, Progress, Side
+from loramoe_train.schema.evaluation import EvalConfig
+
+log = logging.getLogger(__name__)
+
+# lm-eval's default. Fixed, not the run's seed: every run, and lm-eval's own command line, sees the same examples
+FEWSHOT_SEED = 1234
+
+BaseMode = Callable[[], AbstractContextManager[Any]]
+
+
+def evaluate(
+    model: nn.Module,
+    tokenizer: Any,
+    benchmarks: Sequence[str],
+    *,
+    config: EvalConfig,
+    data_root: str | None,
+    seed: int,
+    progress: Progress | None = None,
+    accelerator: Any = None,
+) -> dict[str, BenchmarkResult]:
+    """Score one model. Benchmarks that this config skips (see `check_benchmarks`) are left out of the result.
+
+    Args:
+        model: a transformers causal language model, routed or not, on the device it shall run on.
+        tokenizer: its tokenizer, with an end-of-sequence token.
+        data_root: folder of the local files, or None for the hub's data sets with lm-eval's stock tasks.
+        seed: of Python, numpy and torch while it runs; few-shot examples depend on `FEWSHOT_SEED` instead.
+        progress: called after each finished request, on the first process.
+        accelerator: with several processes, requests are split over them and every process gets all results.
+
+    Raises:
+        ConfigError, MissingFileError, DataError: see `check_benchmarks`; also a missing chat template.
+        OutOfMemoryError: the batch size is too large for the device.
+    """
+    with _session(model, tokenizer, benchmarks, config, data_root, seed, progress, accelerator) as session:
+        return {planned.benchmark.name: session.run(planned, "tuned") for planned in session.selection.planned}
+
+
+def compare(
+    model: nn.Module,
+    tokenizer: Any,
+    benchmarks: Sequence[str],
+    *,
+    config: EvalConfig,
+    data_root: str | None,
+    seed: int,
+    base_mode: BaseMode | None,
+    progress: Progress | None = None,
+    accelerator: Any = None,
+    on_result: Callable[[Side, BenchmarkResult], None] | None = None,
+) -> dict[str, Any]:
+    """Score a model as it is and, inside `base_mode()`, as its base: one loaded model, the same prompts.
+
+    Args:
+        base_mode: makes a context manager in which the model behaves as its base; None: no base scores.
+        on_result: gets each result as soon as it is there, for example to store its samples.
+
+    Returns:
+        `{"scores": {NAME: entry}, "skipped": {NAME: reason}}`, with the entries of `comparison.paired_score`; their
+        base parts are None without `base_mode` or with `config.base` false.
+    """
+    with _session(model, tokenizer, benchmarks, config, data_root, seed, progress, accelerator) as session:
+        scores = {}
+        for planned in session.selection.planned:
+            sides: dict[Side, BenchmarkResult] = {"tuned": session.run(planned, "tuned")}
+            if config.base and base_mode is not None:
+                with base_mode():
+                    sides["base"] = session.run(planned, "base")
+            if on_result is not None:
+                for side, result in sides.items():
+                    on_result(side, result)
+            scores[planned.benchmark.name] = paired_score(sides["tuned"], sides.get("base"))
+        return {"scores": scores, "skipped": session.selection.skipped}
+
+
+@contextmanager
+def _session(
+    model: nn.Module,
+    tokenizer: Any,
+    benchmarks: Sequence[str],
+    config: EvalConfig,
+    data_root: str | None,
+    seed: int,
+    progress: Progress | None,
+    accelerator: Any,
+) -> Iterator["_Session"]:
+    core = accelerator.unwrap_model(model) if accelerator is not None else model
+    selection = check_benchmarks(benchmarks, config, data_root, max_positions(core))
+    if config.chat_template and not getattr(tokenizer, "chat_template", None):
+        raise ConfigError("eval.chat_template=true, but the tokenizer has no chat template")
+    if tokenizer.eos_token is None:
+        raise ConfigError("the tokenizer has no end-of-sequence token, so generation could not stop")
+    processes = accelerator.num_processes if accelerator is not None else 1
+    if config.limit is not None and config.limit < processes:
+        raise ConfigError(f"eval.limit={config.limit} is fewer than the {processes} processes that share the examples")
+    # no_grad, not inference_mode: tensors that a module caches here (rotary tables) must serve in training afterwards
+    with preserved(core, tokenizer), torch.no_grad(), _quiet():
+        random.seed(seed)
+        np.random.seed(seed % 2**32)
+        torch.manual_seed(seed)
+        lm = _InMemoryModel(core, tokenizer, config, accelerator if processes > 1 else None, progress)
+        yield _Session(lm, config, selection)
+
+
+class _Session:
+    """A model wrapped for lm-eval, and the tasks, each built once for the tuned and the base run."""
+
+    def __init__(self, lm: "_InMemoryModel", config: EvalConfig, selection: Selection) -> None:
+        self.lm, self.config, self.selection = lm, config, selection
+        self._tasks: dict[str, Any] = {}
+
+    def run(self, planned: Planned, side: Side) -> BenchmarkResult:
+        name, started = planned.benchmark.name, time.monotonic()
+        if name not in self._tasks:
+            self._tasks[name] = build_task(planned)
+        task = self._tasks[name]
+        task.set_fewshot_seed(seed=FEWSHOT_SEED)  # both runs draw the same examples
+        if planned.num_fewshot and self.lm.world_size > 1:
+            task.sampler.sample = _draws_of_one_process(task, self.lm.rank, self.lm.world_size)
+        self.lm.start(name, side)
+        with _out_of_memory(name):
+            raw = run_lm_eval(
+                lm=self.lm,
+                task_dict={"tasks": {name: task}},
+                limit=self.config.limit,
+                bootstrap_iters=0,  # standard errors are ours: no process pool, nothing printed
+                apply_chat_template=self.config.chat_template,
+                fewshot_as_multiturn=self.config.chat_template,
+                confirm_run_unsafe_code=self.config.allow_code_execution,
+            )
+        truncated = self.lm.truncated_everywhere()
+        if truncated and self.lm.rank == 0:
+            log.warning(
+                "%s (%s): %d prompts were longer than the %d tokens that fit and lost their beginning",
+                *(name, side, truncated, self.lm.max_length),
+            )
+        seconds = time.monotonic() - started
+        return self.lm.share(_result(planned, raw, truncated, seconds) if raw is not None else None)
+
+
+def _result(planned: Planned, raw: Mapping[str, Any], truncated: int, seconds: float) -> BenchmarkResult:
+    name, headline = planned.benchmark.name, planned.benchmark.headline
+    found = {key: value for key, value in raw["results"][name].items() if "," in key}
+    metrics = {key: float(value) for key, value in found.items() if not key.split(",")[0].endswith("_stderr")}
+    samples = tidy_samples(raw["samples"][name])
+    errors = {key: standard_error([sample["metrics"][key] for sample in samples], key.split(",")[0]) for key in metrics}
+    return BenchmarkResult(
+        name=name,
+        metric=headline,
+        score=metrics[headline],
+        stderr=errors[headline],
+        metrics=metrics,
+        stderrs=errors,
+        n=len(samples),
+        num_fewshot=planned.num_fewshot,
+        fewshot_seed=FEWSHOT_SEED if planned.num_fewshot else None,
+        version=str(raw["versions"].get(name)),
+        seconds=seconds,
+        truncated=truncated,
+        samples=samples,
+    )
+
+
+def build_task(planned: Planned) -> Any:
+    """lm-eval's task object: our definition on local rows, or the stock one on the hub's data set.
+
+    Raises:
+        DataError: a row is malformed (names file and line).
+        MissingFileError: the hub could not be reached.
+    """
+    benchmark = planned.benchmark
+    if planned.files is not None:
+        return _load_task(definitions.local_definition(planned))
+    try:
+        if benchmark.stock is None:
+            return _load_task(definitions.hub_definition(planned))
+        # an inline group member inherits the stock definition of its name; the index covers one folder, not all tasks
+        stock = Path(lm_eval.tasks.__file__).parent / benchmark.stock
+        return _load_task({"group": "hub", "task": [definitions.stock_definition(planned)]}, index=stock.parent)
+    except (OSError, ValueError) as error:  # what datasets raises for a hub that is out of reach or a name not cached
+        reason = " ".join(str(error).split())[:200]
+        raise MissingFileError(
+            f"{benchmark.name}: the data set {benchmark.hub} could not be loaded ({reason}); "
+            f"fetch it with: {download_command(benchmark)}, or point data.root at local files"
+        ) from None
+
+
+def _draws_of_one_process(task: Any, rank: int, world_size: int) -> Callable[..., Any]:
+    """A few-shot sampler that gives each document the examples that it would get in a single process.
+
+    lm-eval draws from one random stream, document after document; a rank that serves every `world_size`-th document
+    must therefore throw away the draws of those in between.
+    """
+    sample, docs, reached = type(task.sampler).sample, task.eval_docs, 0
+    mine = iter(range(rank, len(docs), world_size))
+
+    def in_step(n: int, eval_doc: Any = None, **options: Any) -> Any:
+        nonlocal reached
+        index = next(mine)
+        for other in range(reached, index):
+            sample(task.sampler, n, eval_doc=None if eval_doc is None else docs[other], **options)
+        reached = index + 1
+        return sample(task.sampler, n, eval_doc=eval_doc, **options)
+
+    return in_step
+
+
+def _load_task(definition: dict[str, Any], index: Path | None = None) -> Any:
+    # without its defaults the manager does not read thousands of files for six seconds
+    manager = lm_eval.tasks.TaskManager(include_defaults=False, include_path=str(index) if index else None)
+    (task,) = manager.load([definition])["tasks"].values()
+    return task
+
+
+class _InMemoryModel(HFLM):
+    """lm-eval's transformers backend on our model, with two batch sizes, progress, and truncation counted."""
+
+    def __init__(
+        self, model: nn.Module, tokenizer: Any, config: EvalConfig, accelerator: Any, progress: Progress | None
+    ) -> None:
+        super().__init__(pretrained=model, tokenizer=tokenizer, backend="causal", max_length=config.max_length)
+        self._batch_sizes = config.batch_size, config.generation_batch_size
+        self._progress = progress
+        self._name, self._side, self._done, self._total, self._truncated = "", "tuned", 0, 0, 0
+        self.set_cache_hook(self)  # lm-eval tells its cache about each finished request; we want to know no more
+        if accelerator is not None:
+            self.accelerator = accelerator
+            self._rank, self._world_size = accelerator.process_index, accelerator.num_processes
+
+    def start(self, name: str, side: Side) -> None:
+        self._name, self._side, self._truncated = name, side, 0
+        self.model.eval()
+
+    def add_partial(self, attr: str, req: Any, res: Any) -> None:
+        self._done += 1
+        if self._progress is not None and self.rank == 0:
+            self._progress(self._name, self._side, self._done, self._total)
+
+    def _begin(self, requests: Sequence[Any], batch_size: int) -> None:
+        self._done, self._total, self.batch_size_per_gpu = 0, len(requests), batch_size
+
+    def loglikelihood(self, requests: list[Any], disable_tqdm: bool = False) -> list[tuple[float, bool]]:
+        self._begin(requests, self._batch_sizes[0])
+        return super().loglikelihood(requests, disable_tqdm=True)
+
+    def _loglikelihood_tokens(self, requests: list[Any], *args: Any, **kwargs: Any) -> list[tuple[float, bool]]:
+        for _, context, continuation in requests:
+            if len(continuation) > self.max_length:
+                raise DataError(
+                    f"{self._name}: an answer of {len(continuation)} tokens is longer than the {self.max_length} "
+                    "that fit; raise eval.max_length or leave the benchmark out"
+                )
+            # the last token is only predicted, never read
+            self._truncated += len(context) + len(continuation) > self.max_length + 1
+        return super()._loglikelihood_tokens(requests, *args, **kwargs)
+
+    def generate_until(self, requests: list[Any], disable_tqdm: bool = False) -> list[str]:
+        self._begin(requests, self._batch_sizes[1])
+        for request in requests:
+            prompt, settings = request.args
+            self._truncated += len(self.tok_encode(prompt)) > self.max_length - settings["max_gen_toks"]
+        return super().generate_until(requests, disable_tqdm=True)
+
+    def truncated_everywhere(self) -> int:
+        """Truncated requests on all processes."""
+        return int(self.all_gather(torch.tensor([self._truncated], device=self.device)).sum())
+
+    def share(self, result: BenchmarkResult | None) -> BenchmarkResult:
+        """The first process's result, on every process."""
+        box = [result]
+        if self.world_size > 1:
+            torch.distributed.broadcast_object_list(box, src=0)
+        assert box[0] is not None
+        return box[0]
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """No warnings about in-memory models, no progress bar per task: the caller has its own."""
+    loggers = [logging.getLogger(name) for name in ("lm_eval", "transformers.generation")]
+    levels = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.setLevel(logging.ERROR)
+    try:
+        # the one bar that has no switch
+        with mock.patch.object(lm_eval.api.task, "tqdm", lambda docs, **_: docs, create=True):
+            yield
+    finally:
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)
+
+
+@contextmanager
+def _out_of_memory(name: str) -> Iterator[None]:
+    try:
+        yield
+    except RuntimeError as error:  # torch.OutOfMemoryError is one; the CPU allocator raises the plain kind
+        if not isinstance(error, torch.OutOfMemoryError) and "can't allocate memory" not in str(error):
+            raise
+        gc.collect()
+        raise OutOfMemoryError(
+            f"evaluating {name} ran out of memory; lower eval.batch_size, eval.generation_batch_size or eval.max_length"
+        ) from None

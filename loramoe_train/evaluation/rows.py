@@ -1,0 +1,69 @@
+"""Rows of local benchmark files: JSON lines, plain or gzipped, read whole and checked line by line."""
+
+import gzip
+import json
+from collections.abc import Iterator, Sequence
+from itertools import islice
+from pathlib import Path
+from typing import IO, Any
+
+from loramoe_train import paths
+from loramoe_train.errors import DataError
+
+IN_PACKAGE = "package://"
+
+
+def data_folder(root: str) -> Path:
+    """The folder that `data.root` names; `package://NAME` lies inside this package."""
+    if root.startswith(IN_PACKAGE):
+        return paths.PACKAGE / root.removeprefix(IN_PACKAGE)
+    return Path(root).expanduser()
+
+
+def find_file(folder: Path, name: str) -> Path | None:
+    """`folder/name`, or the same file with or without `.gz`; None if neither is there."""
+    other = name.removesuffix(".gz") if name.endswith(".gz") else f"{name}.gz"
+    return next((folder / candidate for candidate in (name, other) if (folder / candidate).is_file()), None)
+
+
+def read_rows(path: Path, columns: Sequence[str], *, limit: int | None = None) -> list[dict[str, Any]]:
+    """The rows of a file (the first `limit` of them), each with at least these columns.
+
+    Raises:
+        DataError: naming file and line, where a line is no JSON object or lacks a column, or where nothing is left.
+    """
+    rows = list(islice(_rows(path, columns), limit))
+    if not rows:
+        raise DataError(f"{path} holds no rows")
+    return rows
+
+
+def _rows(path: Path, columns: Sequence[str]) -> Iterator[dict[str, Any]]:
+    with _open(path) as lines:
+        try:
+            for number, line in enumerate(lines, start=1):
+                if line.strip():
+                    yield _row(line, columns, f"{path}:{number}")
+        except (OSError, EOFError, UnicodeDecodeError) as error:
+            raise DataError(f"{path} cannot be read: {error}") from None
+
+
+def _open(path: Path) -> IO[str]:
+    if path.suffix == ".gz":
+        return gzip.open(path, "rt", encoding="utf-8")
+    return path.open(encoding="utf-8")
+
+
+def _row(line: str, columns: Sequence[str], where: str) -> dict[str, Any]:
+    try:
+        row = json.loads(line)
+    except json.JSONDecodeError as error:
+        raise DataError(f"{where}: not valid JSON ({error.msg}, column {error.colno})") from None
+    if not isinstance(row, dict):
+        raise DataError(f"{where}: expected a JSON object with the columns {', '.join(columns)}")
+    missing = [column for column in columns if column not in row]
+    if missing:
+        raise DataError(
+            f"{where}: no column '{missing[0]}'; this benchmark reads {', '.join(columns)}, found {', '.join(row)}"
+        )
+    return row

@@ -1,0 +1,108 @@
+"""The benchmarks: one YAML file each, lm-eval's own task keys under `task`, what we need to find its rows beside it.
+
+Every definition has the prompts, targets, filters and metrics of the stock lm-eval 0.4.13 task of the same name (the
+tests render both on the same rows), but reads JSON lines below `data.root`. Nothing here imports lm-eval, torch or
+datasets, so that a misspelt benchmark is refused within milliseconds.
+"""
+
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import yaml
+from pydantic import Field, ValidationError
+
+from loramoe_train.errors import ConfigError, nearest
+from loramoe_train.schema.base import Strict
+
+FOLDER = Path(__file__).parent
+DEFAULT_NEW_TOKENS = 256  # lm-eval's own budget for a generation that names none
+
+
+class Benchmark(Strict):
+    """One benchmark. `headline` is lm-eval's "metric,filter" key of THE score; all headlines are higher-is-better."""
+
+    name: str
+    headline: str
+    files: dict[str, str]  # lm-eval's split -> file below data.root
+    columns: list[str]  # that every row of the files must have
+    task: dict[str, Any]  # lm-eval's task definition, without the data set
+    hub: str | None = None  # data set on the hub
+    stock: str | None = (
+        None  # lm-eval's own definition for that data set, below lm_eval/tasks; null: ours serves it too
+    )
+    embedded: str | None = None  # folder inside this package that takes the place of a null data.root
+    executes_code: bool = False  # the score comes from running what the model wrote
+
+    @property
+    def split(self) -> str:
+        """The split that is scored: test where the definition has one, else validation (lm-eval's rule)."""
+        return str(self.task.get("test_split") or self.task["validation_split"])
+
+    @property
+    def fewshot_split(self) -> str | None:
+        """The split that few-shot examples come from; None where the benchmark takes none."""
+        if self.task.get("num_fewshot") == 0:
+            return None
+        return self.task.get("fewshot_split") or self.task.get("training_split") or self.split
+
+    @property
+    def spares_document(self) -> bool:
+        """Whether lm-eval draws one example more than asked for, to leave out the document being scored."""
+        return self.task.get("fewshot_split") == self.task.get("test_split")
+
+    @property
+    def generates(self) -> bool:
+        return self.task["output_type"] == "generate_until"
+
+    def num_fewshot(self, wanted: int | None) -> int:
+        """Examples before the question. As in lm-eval, a definition that says 0 stays at 0 whatever is wanted."""
+        own = self.task.get("num_fewshot")
+        if own == 0 or wanted is None:
+            return int(own or 0)
+        return wanted
+
+    def new_tokens(self, wanted: int | None) -> int:
+        """Longest generation in tokens; 0 for a benchmark that only compares likelihoods."""
+        if not self.generates:
+            return 0
+        return int(wanted or self.task["generation_kwargs"].get("max_gen_toks", DEFAULT_NEW_TOKENS))
+
+
+class _File(Strict):
+    """The keys of a benchmark file; the name is the file's."""
+
+    headline: str = Field(pattern=r"^[^,]+,[^,]+$")
+    files: dict[str, str]
+    columns: list[str]
+    task: dict[str, Any]
+    hub: str | None = None
+    stock: str | None = None
+    embedded: str | None = None
+    executes_code: bool = False
+
+
+def known_benchmarks() -> list[str]:
+    """Names of all benchmarks, sorted."""
+    return sorted(path.stem for path in FOLDER.glob("*.yaml"))
+
+
+@cache
+def load_benchmark(name: str) -> Benchmark:
+    """The benchmark of that name.
+
+    Raises:
+        ConfigError: there is none (with the nearest names), or its file is malformed.
+    """
+    if name not in known_benchmarks():
+        raise ConfigError(f"eval.tasks: '{name}' is no known benchmark{nearest(name, known_benchmarks())}")
+    path = FOLDER / f"{name}.yaml"
+    try:
+        fields = _File.model_validate(yaml.safe_load(path.read_text(encoding="utf-8")))
+        made = Benchmark(name=name, **fields.model_dump())
+    except (yaml.YAMLError, ValidationError) as error:
+        raise ConfigError(f"{path.name} is no valid benchmark definition: {' '.join(str(error).split())}") from None
+    missing = {made.split, made.fewshot_split} - {None} - made.files.keys()
+    if missing:
+        raise ConfigError(f"{path.name}: files lacks the split {sorted(missing)[0]!r} that the definition uses")
+    return made

@@ -1,0 +1,159 @@
+"""Our adapter on disk: `adapter.safetensors` with every bank and router, and `adapter.json` to rebuild them from.
+
+Tensor names are `<site>.bank.down` (R, D), `<site>.bank.up` (O, R) and `<site>.router.*`, float32; a site's experts lie
+side by side in rank order, with the ranks and scales in the manifest. The frozen base is never stored, only what
+identifies it. Reading is strict: another base, another layout, a missing or surplus tensor or a damaged file is an
+error with one line.
+"""
+
+import hashlib
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from loramoe_train.errors import ConfigError, DataError, MissingFileError
+from loramoe_train.experts.linear import ExpertLinear
+from loramoe_train.experts.plan import ExpertSpec
+from loramoe_train.experts.sites import Site
+
+WEIGHTS, MANIFEST = "adapter.safetensors", "adapter.json"
+FORMAT, VERSION = "loramoe_train.adapter", 1
+
+
+def sha256(path: Path) -> str:
+    """Hex digest of a file, read in pieces."""
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while piece := file.read(1 << 20):
+            digest.update(piece)
+    return digest.hexdigest()
+
+
+def adapter_tensors(layers: Mapping[str, ExpertLinear]) -> dict[str, Tensor]:
+    """Every stored tensor by name; the model's own storage, not copies."""
+    found = {}
+    for site, layer in layers.items():
+        found.update({f"{site}.bank.{name}": p.data for name, p in layer.bank.named_parameters()})
+        if layer.router is not None:
+            found.update(
+                {f"{site}.router.{name}": t.data for name, t in layer.router.state_dict(keep_vars=True).items()}
+            )
+    return found
+
+
+def save_adapter(
+    folder: Path, layers: Mapping[str, ExpertLinear], plan: Mapping[str, ExpertSpec], facts: Mapping[str, Any]
+) -> None:
+    """Write weights and manifest into an existing folder, each aside first and then renamed.
+
+    `facts` are further JSON values for the manifest: base identity, domains, tasks, config, versions.
+    """
+    from safetensors.torch import save_file
+
+    tensors = {name: t.detach().to("cpu").contiguous() for name, t in adapter_tensors(layers).items()}
+    weights = folder / WEIGHTS
+    aside = weights.with_suffix(".tmp")
+    save_file(tensors, aside, metadata={"format": "pt"})
+    with aside.open("rb+") as file:
+        os.fsync(file.fileno())
+    manifest = {
+        "format": FORMAT,
+        "version": VERSION,
+        **facts,
+        "sites": [asdict(spec) for spec in plan.values()],
+        "weights_sha256": sha256(aside),
+    }
+    aside.replace(weights)
+    write_json(folder / MANIFEST, manifest)
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write aside, flush to disk, rename: the file is either the old one or the new one, whole."""
+    aside = path.with_name(path.name + ".tmp")
+    with aside.open("w", encoding="utf-8") as file:
+        json.dump(value, file, indent=1)
+        file.write("\n")
+        file.flush()
+        os.fsync(file.fileno())
+    aside.replace(path)
+
+
+def find_adapter(path: str | Path, key: str) -> Path:
+    """The folder that holds an adapter: `path` itself or, for a run folder, what lies directly below it."""
+    folder = Path(path)
+    if not folder.exists():
+        raise MissingFileError(f"{key}: there is no {folder}")
+    for candidate in (folder, folder / "adapter"):
+        if (candidate / MANIFEST).is_file():
+            return candidate
+    raise MissingFileError(f"{key}: {folder} holds no {MANIFEST}; give a run folder, a checkpoint or an adapter folder")
+
+
+def read_manifest(folder: Path) -> dict[str, Any]:
+    """The checked manifest of an adapter folder."""
+    path = folder / MANIFEST
+    try:
+        manifest = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise MissingFileError(f"cannot read {path}: {error.strerror}") from error
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise DataError(f"{path} is damaged: {error}") from error
+    if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
+        raise DataError(f"{path} is not an adapter manifest of this program")
+    if manifest.get("version") != VERSION:
+        raise DataError(f"{path} has format version {manifest.get('version')}; this program reads version {VERSION}")
+    return manifest
+
+
+def plan_of(manifest: Mapping[str, Any]) -> dict[str, ExpertSpec]:
+    """The plan that a manifest describes."""
+    plan = {}
+    try:
+        for entry in manifest["sites"]:
+            site = Site(**entry["site"])
+            plan[site.name] = ExpertSpec(site, tuple(entry["ranks"]), tuple(entry["scales"]), entry["top_k"])
+    except (KeyError, TypeError) as error:
+        raise DataError(f"{MANIFEST}: damaged list of sites ({error})") from error
+    return plan
+
+
+def read_weights(folder: Path, manifest: Mapping[str, Any]) -> dict[str, Tensor]:
+    """All tensors of an adapter, verified against the manifest's checksum."""
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    path = folder / WEIGHTS
+    if not path.is_file():
+        raise MissingFileError(f"{path} is missing")
+    if sha256(path) != manifest.get("weights_sha256"):
+        raise DataError(f"{path} is damaged: its checksum is not the one in {MANIFEST}")
+    try:
+        return load_file(path)
+    except (SafetensorError, OSError) as error:
+        raise DataError(f"{path} is damaged: {error}") from error
+
+
+def load_weights(layers: Mapping[str, ExpertLinear], tensors: Mapping[str, Tensor], source: str) -> None:
+    """Copy tensors into a routed model; names and shapes must agree exactly."""
+    wanted = adapter_tensors(layers)
+    missing, surplus = sorted(set(wanted) - set(tensors)), sorted(set(tensors) - set(wanted))
+    if missing or surplus:
+        what = f"lacks {missing[0]}" if missing else f"holds {surplus[0]}, which this model has not"
+        raise ConfigError(
+            f"{source} {what} ({len(missing)} missing, {len(surplus)} surplus tensors); the layouts differ"
+        )
+    for name, tensor in tensors.items():
+        if tensor.shape != wanted[name].shape:
+            shapes = f"{tuple(tensor.shape)}, the model wants {tuple(wanted[name].shape)}"
+            raise ConfigError(f"{source}: {name} has shape {shapes}; the layouts differ")
+        if not torch.isfinite(tensor).all():
+            raise DataError(f"{source}: {name} holds a value that is not finite")
+    with torch.no_grad():
+        for name, tensor in tensors.items():
+            wanted[name].copy_(tensor)

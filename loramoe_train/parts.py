@@ -1,0 +1,123 @@
+"""Parts of the program named in YAML: `_target_` is a class, the other keys its arguments, nested parts included.
+
+A config from a stranger must not run a stranger's code, so `_target_` may only name something inside this package, or
+below a module prefix that the user lists in `trusted_modules`. `check_part` verifies names and arguments by reading the
+class's source, without importing it, so that a typo is told within a second and before torch is loaded. `build_part`
+makes the object; constructors that ask for a fact by name (`d_in`, `num_experts`, `top_k`, ...) get it from `facts`
+unless the YAML gives it.
+"""
+
+import ast
+import importlib
+import inspect
+from collections.abc import Collection, Mapping
+from functools import lru_cache
+from typing import Any
+
+from loramoe_train.errors import ConfigError, nearest
+from loramoe_train.paths import PACKAGE
+
+TARGET = "_target_"
+OWN_PREFIX = "loramoe_train"
+
+
+@lru_cache(maxsize=256)
+def _own_classes(module: str) -> dict[str, tuple[tuple[str, ...], tuple[str, ...]]] | None:
+    """Class name -> (all arguments, required ones) of a module of this package; None if there is no such module."""
+    path = PACKAGE.joinpath(*module.split(".")[1:])
+    path = path / "__init__.py" if path.is_dir() else path.with_suffix(".py")
+    if not path.is_file():
+        return None
+    found = {}
+    for node in ast.parse(path.read_text(encoding="utf-8")).body:
+        if isinstance(node, ast.ClassDef) and not node.name.startswith("_"):
+            found[node.name] = _arguments(node)
+    return found
+
+
+def _arguments(node: ast.ClassDef) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """Arguments of `__init__`; of a dataclass, its fields; of a class with neither, none."""
+    for entry in node.body:
+        if isinstance(entry, ast.FunctionDef) and entry.name == "__init__":
+            spec = entry.args
+            positional = [a.arg for a in [*spec.posonlyargs, *spec.args][1:]]
+            required = positional[: len(positional) - len(spec.defaults)]
+            keyword = [a.arg for a in spec.kwonlyargs]
+            required += [a for a, d in zip(keyword, spec.kw_defaults, strict=True) if d is None]
+            return tuple(positional + keyword), tuple(required)
+    if any("dataclass" in ast.unparse(decorator) for decorator in node.decorator_list):
+        fields = [e for e in node.body if isinstance(e, ast.AnnAssign) and isinstance(e.target, ast.Name)]
+        return tuple(f.target.id for f in fields), tuple(f.target.id for f in fields if f.value is None)
+    return (), ()
+
+
+def _known_modules() -> list[str]:
+    files = [p for p in PACKAGE.rglob("*.py") if p.name != "__init__.py"]
+    return [".".join([OWN_PREFIX, *p.relative_to(PACKAGE).with_suffix("").parts]) for p in files]
+
+
+def _signature(target: object, key: str, trusted: Collection[str]) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    if not isinstance(target, str) or "." not in target:
+        raise ConfigError(f"{key}.{TARGET}: '{target}' is no class; give package.module.Class")
+    module, _, name = target.rpartition(".")
+    if module == OWN_PREFIX or module.startswith(OWN_PREFIX + "."):
+        classes = _own_classes(module)
+        if classes is None:
+            raise ConfigError(f"{key}.{TARGET}: there is no module {module}{nearest(module, _known_modules())}")
+        if name not in classes:
+            raise ConfigError(f"{key}.{TARGET}: {module} has no class '{name}'{nearest(name, classes)}")
+        return classes[name]
+    if not any(module == prefix or module.startswith(prefix + ".") for prefix in trusted):
+        raise ConfigError(
+            f"{key}.{TARGET}: '{target}' lies outside {OWN_PREFIX}; if you trust that code, add its package to"
+            f" trusted_modules, e.g. trusted_modules=[{module.split('.')[0]}]"
+        )
+    parameters = inspect.signature(_load(target, key)).parameters.values()
+    named = [p for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)]
+    return tuple(p.name for p in named), tuple(p.name for p in named if p.default is p.empty)
+
+
+def check_part(part: Mapping[str, Any], key: str, *, facts: Collection[str], trusted: Collection[str] = ()) -> None:
+    """Raise ConfigError, with the full key, for an unknown class, an unknown argument or a missing one."""
+    if TARGET not in part:
+        raise ConfigError(f"{key}.{TARGET} is missing; a part needs the class that it is made of")
+    allowed, required = _signature(part[TARGET], key, trusted)
+    given = [name for name in part if name != TARGET]
+    for name in given:
+        if name not in allowed:
+            raise ConfigError(f"{key}.{name}: {part[TARGET]} takes no such argument{nearest(name, allowed)}")
+        if isinstance(part[name], Mapping) and TARGET in part[name]:
+            check_part(part[name], f"{key}.{name}", facts=facts, trusted=trusted)
+    for name in required:
+        if name not in given and name not in facts:
+            raise ConfigError(f"{key}.{name} is missing: {part[TARGET]} needs it")
+
+
+def takes(part: Mapping[str, Any], fact: str, trusted: Collection[str] = ()) -> bool:
+    """Whether a part, or one nested in it, asks for `fact` and does not fix it itself."""
+    allowed, _ = _signature(part[TARGET], "part", trusted)
+    nested = (value for value in part.values() if isinstance(value, Mapping) and TARGET in value)
+    return (fact in allowed and fact not in part) or any(takes(value, fact, trusted) for value in nested)
+
+
+def build_part(part: Mapping[str, Any], key: str, *, facts: Mapping[str, Any], trusted: Collection[str] = ()) -> Any:
+    """The object that a checked part describes. ConfigError if its constructor refuses a value."""
+    allowed, _ = _signature(part[TARGET], key, trusted)
+    arguments = {name: value for name, value in facts.items() if name in allowed}
+    for name, value in part.items():
+        if isinstance(value, Mapping) and TARGET in value:
+            value = build_part(value, f"{key}.{name}", facts=facts, trusted=trusted)
+        if name != TARGET:
+            arguments[name] = value
+    try:
+        return _load(str(part[TARGET]), key)(**arguments)
+    except (ValueError, TypeError) as error:
+        raise ConfigError(f"{key}: {error}") from error
+
+
+def _load(target: str, key: str) -> Any:
+    module, _, name = target.rpartition(".")
+    try:
+        return getattr(importlib.import_module(module), name)
+    except (ImportError, AttributeError) as error:
+        raise ConfigError(f"{key}.{TARGET}: cannot import {target}: {error}") from error

@@ -1,0 +1,235 @@
+"""`loramoe-plan`: what a run would be, from shapes alone: sites, parameters, memory, steps, and the files it needs."""
+
+import itertools
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from loramoe_train import footprint
+from loramoe_train.build import attach, plan_sites, read_adapters
+from loramoe_train.errors import LoramoeError
+from loramoe_train.experts.plan import ExpertSpec
+from loramoe_train.models import files_needed, meta_model
+from loramoe_train.schema.run import RunConfig
+from loramoe_train.settle import benchmark_names, settle
+from loramoe_train.training.stages import plan_stages
+from loramoe_train.validation import domains_of
+
+
+@dataclass(frozen=True)
+class Counts:
+    """Parameters by kind, in scalars."""
+
+    base: int
+    experts: int
+    routers: int
+    trained: int  # by at least one stage
+    active: int  # of experts and routers, that a token goes through
+    experts_by_kind: Mapping[str, int]
+
+    @property
+    def total(self) -> int:
+        return self.base + self.experts + self.routers
+
+
+def count_parameters(
+    config: RunConfig, model: nn.Module, plan: Mapping[str, ExpertSpec], routers: int, base: int
+) -> Counts:
+    """Count without weights. A token's active part is its top_k experts where selection is sparse, else all."""
+    experts = sum(spec.num_parameters for spec in plan.values())
+    by_kind: dict[str, int] = {}
+    active = routers
+    for spec in plan.values():
+        by_kind[spec.site.kind] = by_kind.get(spec.site.kind, 0) + spec.num_parameters
+        chosen = sorted(spec.ranks, reverse=True)[: spec.top_k or spec.num_experts]
+        active += sum(chosen) * (spec.site.in_features + spec.site.out_features)
+    trains = {kind for stage in config.trainer.stages.values() for kind in stage.train}
+    trained = (experts if "experts" in trains else 0) + (routers if "routers" in trains else 0)
+    return Counts(base, experts, routers, trained, active, by_kind)
+
+
+def make_counts(config: RunConfig) -> tuple[Counts, dict[str, ExpertSpec], nn.Module, int]:
+    """(counts, plan, routed model on the meta device, bytes of its base)."""
+    model = meta_model(config.model)
+    base, bytes_of_base = (
+        footprint.count(model.parameters()),
+        footprint.base_bytes(model, config.model.dtype, config.model.quantization),
+    )
+    domains = domains_of(config)
+    adapters = read_adapters(config)
+    plan = plan_sites(config, model, domains, adapters)
+    routed = attach(config, model, plan, num_domains=len(domains))
+    routers = footprint.count(routed.groups["routers"].values())
+    return count_parameters(config, model, plan, routers, base), plan, model, bytes_of_base
+
+
+def print_plan(config: RunConfig, *, batch: int | None = None, sequence: int | None = None) -> None:
+    """Print the plan on stdout. `batch` and `sequence` default to the run's micro-batch and maximal length."""
+    from rich.console import Console
+
+    settled = settle(config, check_files=False)
+    counts, plan, model, bytes_of_base = make_counts(config)
+    console = Console(soft_wrap=True, highlight=False)
+    _print_sites(console, config, plan)
+    _print_counts(console, counts)
+    _print_memory(console, config, counts, model, bytes_of_base, batch, sequence)
+    _print_steps(console, config)
+    _print_files(console, config, settled.max_positions)
+
+
+def _print_sites(console: Any, config: RunConfig, plan: Mapping[str, ExpertSpec]) -> None:
+    from rich.table import Table
+
+    router = "none" if config.router.make is None else str(config.router.make["_target_"]).rpartition(".")[2]
+    first = config.router.make or {}
+    score = first.get("score")
+    if isinstance(score, Mapping):
+        router += f" ({str(score['_target_']).rpartition('.')[2]})"
+    table = Table(title=f"{config.model.name}: {len(plan)} sites", title_justify="left")
+    for name in ("layers", "module", "kind", "in", "out", "experts", "rank", "top-k", "router"):
+        table.add_column(name, justify="left" if name in ("layers", "module", "kind", "router") else "right")
+
+    def shape(spec: ExpertSpec) -> tuple[Any, ...]:
+        tail = spec.site.name.split(f".{spec.site.layer}.", 1)[-1]
+        ranks = str(spec.ranks[0]) if len(set(spec.ranks)) == 1 else "/".join(map(str, spec.ranks))
+        site = spec.site
+        return tail, site.kind, site.in_features, site.out_features, spec.num_experts, ranks, spec.top_k or "all"
+
+    ordered = sorted(plan.values(), key=lambda spec: (shape(spec)[0], spec.site.layer))
+    for key, run in itertools.groupby(ordered, key=shape):
+        layers = [spec.site.layer for spec in run]
+        table.add_row(_ranges(layers), *[str(v) for v in key], router)
+    console.print(table)
+
+
+def _ranges(numbers: list[int]) -> str:
+    """[0, 1, 2, 5] -> "0-2, 5"."""
+    parts = []
+    for _, run in itertools.groupby(enumerate(numbers), key=lambda pair: pair[1] - pair[0]):
+        group = [number for _, number in run]
+        parts.append(str(group[0]) if len(group) == 1 else f"{group[0]}-{group[-1]}")
+    return ", ".join(parts)
+
+
+def _print_counts(console: Any, counts: Counts) -> None:
+    share = 100 * counts.trained / counts.base
+    console.print("\nParameters")
+    rows = [
+        ("base (frozen)", counts.base, ""),
+        ("experts", counts.experts, ""),
+        *((f"  {kind}", number, "") for kind, number in counts.experts_by_kind.items()),
+        ("routers", counts.routers, ""),
+        ("trainable", counts.trained, f"{share:.3f} % of the base"),
+        ("active per token", counts.active, "experts and routers that one token goes through in evaluation"),
+        ("total", counts.total, ""),
+    ]
+    for label, number, note in rows:
+        console.print(f"  {label:<18}{number:>18,}  {note}".rstrip())
+
+
+def _print_memory(
+    console: Any,
+    config: RunConfig,
+    counts: Counts,
+    model: nn.Module,
+    base: int,
+    batch: int | None,
+    sequence: int | None,
+) -> None:
+    batch, sequence = batch or config.trainer.micro_batch_size, sequence or config.data.max_length
+    kept = _activations(config, batch, sequence)
+    text = model.config.get_text_config() if hasattr(model.config, "get_text_config") else model.config
+    rows = footprint.memory(
+        base,
+        counts.trained,
+        counts.experts + counts.routers,
+        config.trainer.optimizer,
+        kept,
+        rows=batch * sequence,
+        vocabulary=text.vocab_size,
+    ).rows()
+    console.print(f"\nMemory per process for {batch} x {sequence} tokens, every position filled")
+    for label, size in rows:
+        console.print(f"  {label:<36}{'not measurable here' if size is None else f'{size / 2**20:>14,.1f} MiB'}")
+
+
+def _activations(config: RunConfig, batch: int, sequence: int) -> int | None:
+    """Run the routed model on fake tensors in the configured precision."""
+    domains, contexts = domains_of(config), {}
+    adapters = read_adapters(config)
+
+    def make() -> tuple[nn.Module, int, torch.dtype]:
+        model = meta_model(config.model).to_empty(device="cpu")  # fake storage: the fake mode is on
+        routed = attach(config, model, plan_sites(config, model, domains, adapters), num_domains=len(domains))
+        contexts[id(model)] = routed.context
+        embedding = model.get_input_embeddings().weight
+        return model, embedding.shape[1], embedding.dtype
+
+    return footprint.saved_activations(
+        make,
+        lambda model: contexts[id(model)],
+        batch=batch,
+        sequence=sequence,
+        checkpointed=config.model.gradient_checkpointing,
+    )
+
+
+def _print_steps(console: Any, config: RunConfig) -> None:
+    from loramoe_train.data.build import task_rows
+
+    console.print("\nSteps")
+    try:
+        sizes = {task: len(task_rows(config.data, task, "train")[0]) for task in config.data.tasks}
+    except LoramoeError as error:
+        console.print(f"  unknown until the data is here: {error}")
+        return
+    total = sum(sizes.values())
+    stages = plan_stages(config.trainer, dict.fromkeys(config.trainer.stages, total), aux_losses=config.aux_loss)
+    for stage in stages:
+        console.print(
+            f"  {stage.name:<12}{stage.steps:>7,} steps x {config.trainer.batch_size} examples"
+            f"   trains {' and '.join(stage.train)}, routing {stage.routing}"
+        )
+    return sizes, stages
+
+
+def _print_files(console: Any, config: RunConfig, max_positions: int | None) -> None:
+    from loramoe_train.data.build import task_rows
+    from loramoe_train.evaluation.check import check_benchmarks
+
+    console.print("\nNeeded")
+
+    def line(what: str, look: Any) -> None:
+        try:
+            console.print(f"  here     {what}: {look()}")
+        except LoramoeError as error:
+            console.print(f"  MISSING  {what}: {error}")
+
+    for needed in files_needed(config.model):
+        console.print(f"  {'here   ' if needed.present else 'MISSING'}  model: {needed.name} of {needed.source}")
+    for task in config.data.tasks:
+        source = config.data.definitions[task].source
+        where = source.files.get("train") if config.data.root else source.hub
+        line(
+            f"task {task}",
+            lambda task=task, where=where: f"{where}, {len(task_rows(config.data, task, 'train')[0]):,} rows",
+        )
+    if config.eval.enabled:
+        for name in benchmark_names(config):
+            line(
+                f"benchmark {name}",
+                lambda name=name: _benchmark_line(
+                    check_benchmarks([name], config.eval, config.data.root, max_positions), name
+                ),
+            )
+
+
+def _benchmark_line(selection: Any, name: str) -> str:
+    if name in selection.skipped:
+        return f"skipped: {selection.skipped[name]}"
+    files = selection.planned[0].files
+    return ", ".join(Path(p).name for p in files.values()) if files else "hub"

@@ -1,0 +1,46 @@
+"""What a router thinks of each expert for a token: float32 logits (N, E) from the router's input (N, D)."""
+
+import math
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+
+class LinearScore(nn.Module):
+    """logits = W x (+ b), computed in float32.
+
+    `init` zeros starts at the uniform average of the experts (safe over imported adapters); normal draws N(0, std^2);
+    kaiming is the default of `nn.Linear`.
+    """
+
+    def __init__(
+        self,
+        d_in: int,
+        num_experts: int,
+        *,
+        bias: bool = False,
+        init: Literal["zeros", "normal", "kaiming"] = "zeros",
+        std: float = 0.02,
+        device: torch.device | str | None = None,
+        generator: torch.Generator | None = None,
+    ) -> None:
+        super().__init__()
+        if init not in ("zeros", "normal", "kaiming"):
+            raise ValueError(f"init must be zeros, normal or kaiming, got '{init}'")
+        self.weight = nn.Parameter(torch.zeros(num_experts, d_in, device=device, dtype=torch.float32))
+        self.bias = nn.Parameter(torch.zeros(num_experts, device=device, dtype=torch.float32)) if bias else None
+        if self.weight.device.type == "meta" or init == "zeros":
+            return
+        with torch.no_grad():
+            if init == "normal":
+                self.weight.normal_(0.0, std, generator=generator)
+            else:
+                bound = 1.0 / math.sqrt(d_in)
+                self.weight.uniform_(-bound, bound, generator=generator)
+
+    def forward(self, x_ND: Tensor) -> Tensor:
+        # Autocast would run this product in bf16 and change which experts win for about one token in a hundred.
+        with torch.autocast(x_ND.device.type, enabled=False):
+            return functional.linear(x_ND.float(), self.weight, self.bias)

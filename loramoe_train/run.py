@@ -1,0 +1,242 @@
+"""A run on one page: settle, build, train, save, evaluate, write results."""
+
+import json
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from accelerate import PartialState
+from accelerate.utils import broadcast_object_list
+from rich.console import Console
+
+from loramoe_train.build import RoutedModel, attach, build_aux, plan_sites, read_adapters
+from loramoe_train.data.build import build_mixture, build_validation
+from loramoe_train.data.mixture import Mixture
+from loramoe_train.data.stage import MixtureStage
+from loramoe_train.evaluation.harness import compare
+from loramoe_train.evaluation.results import render_table, versions, write_results, write_samples
+from loramoe_train.experts import adapters as adapter_files
+from loramoe_train.models import base_identity, check_same_base, load_model, load_tokenizer
+from loramoe_train.rundir import RESULTS, claim, default_run_dir, newest_checkpoint
+from loramoe_train.schema.run import RunConfig
+from loramoe_train.settle import Settled, benchmark_names, settle
+from loramoe_train.training.accelerator import make_accelerator, start_trackers
+from loramoe_train.training.loop import fit
+from loramoe_train.training.memory import memory_errors
+from loramoe_train.training.parts import TrainingParts
+from loramoe_train.training.stages import StagePlan, plan_stages
+
+PLACES = ("run_dir", "resume", "init_from")  # of one run on one machine; no business of an adapter's manifest
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A run, ready to train: model, data and stages."""
+
+    routed: RoutedModel
+    tokenizer: Any
+    mixture: Mixture
+    parts: TrainingParts
+    stages: tuple[StagePlan, ...]
+
+
+def train_run(config: RunConfig, settled: Settled) -> None:
+    """Train as configured, then score base and tuned model. Raises LoramoeError with its exit code."""
+    started = time.perf_counter()
+    state = PartialState()
+    run_dir = Path(_agreed(config.run_dir or default_run_dir()))
+    if state.is_main_process:
+        claim(run_dir, config)
+    state.wait_for_everyone()
+    resume = newest_checkpoint(run_dir, config)
+    accelerator = make_accelerator(config.trainer, run_dir)
+    console = Console(stderr=True) if state.is_main_process else None
+    _say(console, f"run folder {run_dir}" + (f", continuing {resume.name}" if resume else ""))
+
+    with memory_errors("loading the model"):
+        ready = prepare(config, settled, device=accelerator.device)
+    _describe(console, ready)
+    start_trackers(accelerator, config.trainer, run_dir, config.plain())
+    summary = fit(
+        ready.parts,
+        accelerator,
+        config.trainer,
+        ready.stages,
+        run_dir=run_dir,
+        seed=config.seed,
+        resume=resume,
+        console=console,
+    )
+    if state.is_main_process:
+        ready.parts.save_adapter(run_dir)
+    accelerator.end_training()
+    outcome = evaluate_routed(config, ready.routed, ready.tokenizer, run_dir, accelerator, console)
+    if state.is_main_process:
+        training = json.loads(json.dumps(asdict(summary), default=str))
+        extra = {"training": training, "run_dir": str(run_dir), "command": sys.argv, **_recipe()}
+        finish(config, run_dir, outcome, time.perf_counter() - started, extra)
+
+
+def prepare(config: RunConfig, settled: Settled, *, device: Any) -> Prepared:
+    """Load base and data, put experts beside the base's linears, resolve the stages."""
+    tokenizer = load_tokenizer(config.model)
+    mixture = build_mixture(config.data, tokenizer, seed=config.seed, max_positions=settled.max_positions)
+    examples = sum(mixture.sizes.values())
+    stages = plan_stages(config.trainer, dict.fromkeys(config.trainer.stages, examples), aux_losses=config.aux_loss)
+    routed = build_routed(config, list(mixture.domain_names), device=device)
+    identity = base_identity(config.model)
+    facts = _manifest_facts(config, mixture, identity)
+
+    def stage_data(name: str) -> MixtureStage:
+        (stage,) = [s for s in stages if s.name == name]
+        trainer = config.trainer
+        plan = mixture.plan(
+            config.data.sampling, stage=name, total=stage.steps * trainer.batch_size, examples=stage.examples
+        )
+        return MixtureStage(
+            mixture,
+            plan,
+            batch_size=trainer.batch_size,
+            micro_batch_size=trainer.micro_batch_size,
+            packing=config.data.packing,
+            max_length=config.data.max_length,
+            num_workers=trainer.num_workers,
+        )
+
+    validation, _ = build_validation(config.data, tokenizer, mixture, batch_size=config.trainer.micro_batch_size)
+    parts = TrainingParts(
+        model=routed.model,
+        context=routed.context,
+        groups=routed.groups,
+        sites=tuple(routed.plan),
+        aux=build_aux(config, routed.plan),
+        stage_data=stage_data,
+        validation=validation,
+        task_names=mixture.task_names,
+        save_adapter=lambda folder: adapter_files.save_adapter(folder, routed.layers, routed.plan, facts),
+        load_adapter=lambda folder: load_adapter(folder, routed, identity, key="resume"),
+    )
+    if config.init_from is not None:
+        load_adapter(adapter_files.find_adapter(config.init_from, "init_from"), routed, identity, key="init_from")
+    return Prepared(routed, tokenizer, mixture, parts, stages)
+
+
+def build_routed(config: RunConfig, domains: Sequence[str], *, device: Any) -> RoutedModel:
+    """The base model on `device` with the configured experts."""
+    imported = read_adapters(config)
+    model = load_model(config.model, device=device)
+    plan = plan_sites(config, model, domains, imported)
+    return attach(config, model, plan, num_domains=len(domains), adapters=imported)
+
+
+def rebuild(config: RunConfig, folder: Path, manifest: dict[str, Any], *, device: Any) -> RoutedModel:
+    """The routed model of an adapter folder, from its manifest: no other file is needed but the base."""
+    model = load_model(config.model, device=device)
+    routed = attach(config, model, adapter_files.plan_of(manifest), num_domains=len(manifest["domains"]))
+    load_adapter(folder, routed, base_identity(config.model), key="adapter")
+    return routed
+
+
+def load_adapter(folder: Path, routed: RoutedModel, identity: dict[str, Any], *, key: str) -> None:
+    """Read an adapter into a routed model; refuses one that was trained on another base."""
+    manifest = adapter_files.read_manifest(folder)
+    check_same_base(manifest["base"], identity, f"{key}={folder}")
+    tensors = adapter_files.read_weights(folder, manifest)
+    adapter_files.load_weights(routed.layers, tensors, f"{key}={folder}")
+
+
+def evaluate_routed(
+    config: RunConfig, routed: RoutedModel, tokenizer: Any, folder: Path, accelerator: Any, console: Console | None
+) -> dict[str, Any]:
+    """Benchmarks of the routed model and of its base, which is the same model with the experts switched off."""
+    if not config.eval.enabled:
+        return {"scores": {}, "skipped": {"all": "eval.enabled=false"}}
+    names = benchmark_names(config)
+    _say(console, f"evaluating {', '.join(names)}")
+
+    def keep(side: Any, result: Any) -> None:
+        if config.eval.save_samples and accelerator.is_main_process:
+            write_samples(folder / "samples", result.name, side, result.samples)
+        _say(console, f"  {result.name} {side}: {result.score:.4f} ({result.seconds:.1f} s)")
+
+    return compare(
+        routed.model,
+        tokenizer,
+        names,
+        config=config.eval,
+        data_root=config.data.root,
+        seed=config.seed,
+        base_mode=lambda: routed.context.override("off"),
+        accelerator=accelerator,
+        on_result=keep,
+    )
+
+
+def show_data(config: RunConfig, *, n: int = 2, ids: bool = False) -> None:
+    """`loramoe-data`: processed examples of each task and their statistics."""
+    from loramoe_train.data.show import show_data as show
+
+    settled = settle(config, check_files=False)
+    tokenizer = load_tokenizer(config.model)
+    show(config.data, tokenizer, n=n, ids=ids, seed=config.seed, max_positions=settled.max_positions)
+
+
+def _agreed(value: str) -> str:
+    """Rank 0's value on every rank: two processes would otherwise name two folders when a second passes."""
+    box = [value]
+    broadcast_object_list(box)
+    return box[0]
+
+
+def _manifest_facts(config: RunConfig, mixture: Mixture, identity: dict[str, Any]) -> dict[str, Any]:
+    """What an adapter needs besides its weights and sites to be rebuilt, judged and used."""
+    return {
+        "base": identity,
+        "tasks": list(mixture.task_names),
+        "domains": list(mixture.domain_names),
+        "config": {key: value for key, value in config.plain().items() if key not in PLACES},
+        "versions": versions(),
+    }
+
+
+def finish(config: RunConfig, run_dir: Path, outcome: dict[str, Any], seconds: float, extra: dict[str, Any]) -> None:
+    """Write results.json and show the table. Scores of other benchmarks that the file holds already are kept."""
+    results = write_results(
+        run_dir / RESULTS,
+        scores=outcome["scores"],
+        skipped=outcome["skipped"],
+        config=config.plain(),
+        seed=config.seed,
+        model=config.model.name,
+        wall_seconds=seconds,
+        extra=extra,
+    )
+    render_table(results, Console())
+    print(f"results: {run_dir / RESULTS}")
+
+
+def _recipe() -> dict[str, Any]:
+    """The recipe's name, where Hydra composed this run."""
+    from hydra.core.hydra_config import HydraConfig
+
+    choices = HydraConfig.get().runtime.choices if HydraConfig.initialized() else {}
+    return {"recipe": choices.get("recipe")}
+
+
+def _describe(console: Console | None, ready: Prepared) -> None:
+    groups = ready.routed.groups
+    for kind, members in groups.items():
+        _say(
+            console,
+            f"{kind}: {sum(p.numel() for p in members.values()):,} parameters at {len(ready.routed.plan)} sites",
+        )
+    for note in ready.mixture.notes:
+        _say(console, f"note: {note}")
+
+
+def _say(console: Console | None, text: str) -> None:
+    if console is not None:
+        console.print(text, highlight=False, soft_wrap=True)

@@ -1,0 +1,103 @@
+"""The folder of a run: who may write into it, and what a later start finds there."""
+
+import json
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from loramoe_train.errors import ConfigError, DataError
+from loramoe_train.schema.run import RunConfig
+
+RESOLVED, RESULTS = "config.resolved.yaml", "results.json"
+# What may change when a run continues: where it is, how it reports, and what happens after training.
+FREE = (
+    "run_dir",
+    "resume",
+    "offline",
+    "eval",
+    "launcher",
+    "data.root",
+    "trainer.checkpoint_every",
+    "trainer.keep",
+    "trainer.log_every",
+    "trainer.trackers",
+    "trainer.num_workers",
+    "model.path",
+)
+
+
+def default_run_dir() -> str:
+    """outputs/DATE_TIME below the current folder."""
+    return f"outputs/{datetime.now():%Y-%m-%d_%H-%M-%S}"
+
+
+def claim(run_dir: Path, config: RunConfig) -> None:
+    """Make the folder this run's own and write the resolved config into it.
+
+    Raises ConfigError when it cannot be written, holds another run, or holds this run under a config that differs in
+    something that would change the result.
+    """
+    stored = run_dir / RESOLVED
+    if stored.is_file():
+        if config.resume is None:
+            raise ConfigError(
+                f"run_dir={run_dir} holds another run; resume=auto continues it, another run_dir starts a new one"
+            )
+        _check_same(stored, config)
+    try:
+        run_dir.mkdir(parents=True, exist_ok=True)
+        aside = stored.with_name(stored.name + ".tmp")
+        aside.write_text(yaml.safe_dump(config.plain(), sort_keys=False, allow_unicode=True), encoding="utf-8")
+        aside.replace(stored)
+    except OSError as error:
+        raise ConfigError(f"run_dir={run_dir} cannot be written: {error.strerror}") from error
+
+
+def _check_same(stored: Path, config: RunConfig) -> None:
+    before, now = flatten(read_resolved(stored)), flatten(config.plain())
+    changed = [key for key in sorted(before.keys() | now.keys()) if before.get(key) != now.get(key) and not _free(key)]
+    if changed:
+        key = changed[0]
+        more = f" (and {len(changed) - 1} more: {', '.join(changed[1:4])})" if len(changed) > 1 else ""
+        raise ConfigError(
+            f"resume={config.resume}: {key}={now.get(key)}, but the run in {stored.parent} was started with"
+            f" {before.get(key)}{more}; use the old value, or another run_dir with init_from={stored.parent}"
+        )
+
+
+def _free(key: str) -> bool:
+    return any(key == name or key.startswith(f"{name}.") for name in FREE)
+
+
+def flatten(values: Any, prefix: str = "") -> dict[str, Any]:
+    """{"a": {"b": 1}} -> {"a.b": 1}; lists stay whole, as JSON."""
+    if not isinstance(values, dict):
+        return {prefix: json.dumps(values) if isinstance(values, list) else values}
+    found: dict[str, Any] = {}
+    for key, value in values.items():
+        found.update(flatten(value, f"{prefix}.{key}" if prefix else str(key)))
+    return found
+
+
+def read_resolved(path: Path) -> dict[str, Any]:
+    """The resolved config of a run folder, as plain values."""
+    try:
+        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise DataError(f"{path} cannot be read: {str(error).splitlines()[0]}") from error
+    if not isinstance(values, dict):
+        raise DataError(f"{path} is no resolved config")
+    return values
+
+
+def newest_checkpoint(run_dir: Path, config: RunConfig) -> Path | None:
+    """Where `resume` says to continue: the newest complete checkpoint of the folder, a named one, or nowhere."""
+    from loramoe_train.training.checkpoint import find_latest
+
+    if config.resume is None:
+        return None
+    if config.resume == "auto":
+        return find_latest(run_dir)
+    return Path(config.resume)

@@ -1,0 +1,76 @@
+"""Everything about a run that can be refused before a weight or a data row is read. Torch-free, a second at most."""
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from loramoe_train.errors import ConfigError
+from loramoe_train.evaluation.check import check_benchmarks
+from loramoe_train.models.architecture import max_positions, num_layers, read_architecture
+from loramoe_train.models.files import model_folder
+from loramoe_train.schema.run import RunConfig
+from loramoe_train.training.stages import plan_stages
+from loramoe_train.validation import check_layout, domains_of
+
+OFFLINE = {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1", "WANDB_MODE": "offline"}
+
+
+@dataclass(frozen=True)
+class Settled:
+    """What the checks found out on their way."""
+
+    architecture: Mapping[str, Any]
+    num_layers: int
+    max_positions: int | None
+    domains: list[str]
+
+
+def settle(config: RunConfig, *, check_files: bool = True) -> Settled:
+    """Cross-field checks against the base model's config.json; with `check_files` also that model, data and benchmarks
+    are at hand. Raises ConfigError, DataError or MissingFileError.
+    """
+    if config.offline:
+        os.environ.update(OFFLINE)
+    architecture = read_architecture(config.model)
+    layers, positions, domains = num_layers(architecture), max_positions(architecture), domains_of(config)
+    check_layout(config, layers, domains)
+    if positions is not None and config.data.max_length > positions:
+        raise ConfigError(
+            f"data.max_length={config.data.max_length} exceeds the {positions} positions of {config.model.name};"
+            f" give at most {positions}"
+        )
+    # Step counts need the data; what a stage says about itself does not.
+    plan_stages(config.trainer, dict.fromkeys(config.trainer.stages, 1 << 30), aux_losses=config.aux_loss)
+    _check_trained_experts(config)
+    if config.data.packing and config.model.sites.get("ssm"):
+        raise ConfigError(
+            f"data.packing=true: the state-space layers of {config.model.name} cannot keep packed examples apart;"
+            " set data.packing=false"
+        )
+    if check_files:
+        model_folder(config.model)
+        if config.eval.enabled:
+            check_benchmarks(benchmark_names(config), config.eval, config.data.root, positions)
+    return Settled(architecture, layers, positions, domains)
+
+
+def _check_trained_experts(config: RunConfig) -> None:
+    """Routers over experts that nobody trained would learn nothing: their outputs are all zero."""
+    if config.experts.adapters or config.init_from:
+        return
+    for name, stage in config.trainer.stages.items():
+        if "experts" in stage.train:
+            return
+        raise ConfigError(
+            f"trainer.stages.{name} trains only routers, over experts that no stage has trained; give"
+            " experts.adapters=[PEFT_FOLDER,...] or init_from=RUN, or train experts first"
+        )
+
+
+def benchmark_names(config: RunConfig) -> list[str]:
+    """The benchmarks asked for, or those that the mixture's tasks name."""
+    if config.eval.tasks is not None:
+        return list(config.eval.tasks)
+    named = (config.data.definitions[task].lm_eval for task in config.data.tasks)
+    return list(dict.fromkeys(name for name in named if name))

@@ -1,0 +1,190 @@
+"""Checkpoints that are complete or not there.
+
+    run_dir/checkpoints/step_000123/
+        adapter.safetensors + manifest    what was trained, as `parts.save_adapter` writes it
+        state/*.safetensors               optimizer, anchors, random generators, sums of the log
+        state/trainer.json                counters, best loss, early stopping, plan of the stage
+        MANIFEST.json                     size and SHA-256 of every file above; written last
+
+Everything is written into a `.tmp` sibling, flushed to the disk and renamed. A folder without a manifest that checks is
+not a checkpoint. There is no pickle anywhere, so a checkpoint from a stranger is data and nothing else.
+"""
+
+import json
+import os
+import re
+import shutil
+from collections.abc import Callable, Collection, Mapping
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from loramoe_train.errors import LoramoeError, MissingFileError
+from loramoe_train.training.files import sha256, sync, write_json
+
+FOLDER, MANIFEST, STATE = "checkpoints", "MANIFEST.json", "state"
+FORMAT = 1
+_NAME = re.compile(r"^step_(\d+)$")
+
+SaveAdapter = Callable[[Path], None]
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """What a complete checkpoint holds besides the adapter."""
+
+    path: Path
+    state: Mapping[str, Any]  # of state/trainer.json
+
+    def tensors(self, name: str) -> dict[str, Tensor]:
+        """The tensors of state/NAME.safetensors, on the CPU; empty if that file was not written."""
+        file = self.path / STATE / f"{name}.safetensors"
+        return load_file(file) if file.is_file() else {}
+
+
+def step_of(path: Path) -> int:
+    """`step_000123` -> 123, and -1 for any other name."""
+    match = _NAME.match(path.name)
+    return int(match.group(1)) if match else -1
+
+
+def write_checkpoint(
+    run_dir: Path,
+    step: int,
+    *,
+    save_adapter: SaveAdapter,
+    tensors: Mapping[str, Mapping[str, Tensor]],
+    state: Mapping[str, Any],
+) -> Path:
+    """Write `run_dir/checkpoints/step_STEP`, replacing one of that name only once the new one is whole.
+
+    Args:
+        tensors: file name in state/ -> its tensors; empty ones are left out.
+        state: what JSON can hold.
+
+    Raises:
+        LoramoeError: it could not be written (disk full, not writable); the former checkpoints are as they were.
+    """
+    folder = run_dir / FOLDER / f"step_{step:06d}"
+    aside, old = folder.with_name(f"{folder.name}.tmp"), folder.with_name(f"{folder.name}.old")
+    try:
+        _tidy(folder.parent)
+        (aside / STATE).mkdir(parents=True)
+        save_adapter(aside)
+        for name, entries in tensors.items():
+            if entries:
+                save_file(dict(entries), aside / STATE / f"{name}.safetensors")
+        write_json(aside / STATE / "trainer.json", dict(state))
+        files = sorted(path for path in aside.rglob("*") if path.is_file())
+        for path in files:
+            sync(path)
+        listing = {
+            path.relative_to(aside).as_posix(): {"bytes": path.stat().st_size, "sha256": sha256(path)} for path in files
+        }
+        write_json(aside / MANIFEST, {"format": FORMAT, "step": step, "files": listing})
+        for path in [*(path for path in aside.rglob("*") if path.is_dir()), aside]:
+            sync(path)
+        if folder.exists():
+            os.rename(folder, old)
+        os.rename(aside, folder)
+        sync(folder.parent)
+    except (OSError, SafetensorError) as error:
+        # what is half written must not keep the disk full
+        shutil.rmtree(aside, ignore_errors=True)
+        reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
+        raise LoramoeError(
+            f"checkpoint {folder} could not be written ({reason}); the former checkpoints are intact; make room or "
+            f"choose another run_dir, and continue with resume=auto"
+        ) from error
+    shutil.rmtree(old, ignore_errors=True)
+    return folder
+
+
+def _tidy(checkpoints: Path) -> None:
+    """Remove what a crash left half written, and put back what it was about to replace."""
+    if not checkpoints.is_dir():
+        return
+    for path in checkpoints.glob("step_*.old"):
+        current = path.with_suffix("")
+        if current.exists():
+            shutil.rmtree(path, ignore_errors=True)
+        else:
+            with suppress(FileNotFoundError):  # another rank was faster
+                os.rename(path, current)
+    for path in checkpoints.glob("step_*.tmp"):
+        shutil.rmtree(path, ignore_errors=True)
+
+
+def fault(path: Path) -> str | None:
+    """Why a folder is no complete checkpoint, in a few words; None if it is one. Reads every byte of it."""
+    try:
+        manifest = json.loads((path / MANIFEST).read_text())
+        files = manifest["files"]
+        if manifest["format"] != FORMAT:
+            return f"its format is {manifest['format']}, this program reads {FORMAT}"
+        for name, facts in files.items():
+            plain = PurePosixPath(name)
+            if plain.is_absolute() or ".." in plain.parts or (path / name).is_symlink():
+                return f"its manifest names {name!r}, which is not a plain file inside it"
+            file = path / name
+            if not file.is_file():
+                return f"{name} is missing"
+            if file.stat().st_size != facts["bytes"]:
+                return f"{name} has {file.stat().st_size} bytes instead of {facts['bytes']}"
+            if sha256(file) != facts["sha256"]:
+                return f"{name} does not match its checksum"
+        if f"{STATE}/trainer.json" not in files:
+            return f"{STATE}/trainer.json is not in its manifest"
+    except FileNotFoundError:
+        return f"it has no {MANIFEST}"
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        return f"its {MANIFEST} cannot be read ({type(error).__name__})"
+    return None
+
+
+def find_latest(run_dir: Path, *, on_skip: Callable[[str], None] = lambda message: None) -> Path | None:
+    """The newest complete checkpoint of a run folder, or None.
+
+    Args:
+        on_skip: told, by name, about each newer one that is incomplete or corrupted.
+    """
+    checkpoints = run_dir / FOLDER
+    _tidy(checkpoints)
+    for path in sorted(_folders(checkpoints), key=step_of, reverse=True):
+        reason = fault(path)
+        if reason is None:
+            return path
+        on_skip(f"checkpoint {path} is skipped: {reason}")
+    return None
+
+
+def read_checkpoint(path: Path) -> Checkpoint:
+    """Open a checkpoint that was named. Raises MissingFileError if it is absent, LoramoeError if it is damaged."""
+    if not path.is_dir():
+        raise MissingFileError(f"checkpoint {path} does not exist; give a folder such as RUN_DIR/{FOLDER}/step_000100")
+    reason = fault(path)
+    if reason is not None:
+        raise LoramoeError(f"checkpoint {path} cannot be used: {reason}; take an older one, or resume=auto")
+    return Checkpoint(path, json.loads((path / STATE / "trainer.json").read_text()))
+
+
+def rotate(run_dir: Path, *, step: int, keep: int, protected: Collection[str]) -> None:
+    """Delete all but the newest `keep` checkpoints; those whose names are `protected` stay and are not counted.
+
+    Later ones than `step`, the newest of this run, are left alone: a run continued from an older checkpoint meets
+    them again, and they must not push out what it has just written.
+    """
+    folders = (path for path in _folders(run_dir / FOLDER) if path.name not in protected and step_of(path) <= step)
+    for path in sorted(folders, key=step_of)[:-keep]:
+        # the manifest goes first: a deletion that is cut short leaves nothing that looks complete
+        (path / MANIFEST).unlink(missing_ok=True)
+        shutil.rmtree(path, ignore_errors=True)
+
+
+def _folders(checkpoints: Path) -> list[Path]:
+    return [path for path in checkpoints.glob("step_*") if step_of(path) >= 0] if checkpoints.is_dir() else []

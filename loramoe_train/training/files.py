@@ -1,0 +1,38 @@
+"""Files that are whole or absent: written beside their place, flushed to disk, then renamed. No torch in here."""
+
+import hashlib
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+
+def sha256(path: Path) -> str:
+    """Hex digest of a file's bytes."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def sync(path: Path) -> None:
+    """Flush a file, or a folder's list of names, to the disk."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def write_bytes(path: Path, content: bytes) -> None:
+    """Replace `path` by `content` in one step: a reader, or a crash, sees the old file or the new one."""
+    aside = path.with_name(f"{path.name}.tmp")
+    with aside.open("wb") as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(aside, path)
+    sync(path.parent)
+
+
+def write_json(path: Path, content: Any) -> None:
+    """`content` as indented JSON; NaN is refused, because other readers of JSON refuse it too."""
+    write_bytes(path, (json.dumps(content, indent=1, allow_nan=False) + "\n").encode())

@@ -1,0 +1,158 @@
+"""What the stages of a run share, where a stage stands, and how both go into a checkpoint and come back."""
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from accelerate import Accelerator
+from accelerate.utils import broadcast_object_list, gather_object
+from torch import Tensor
+
+from loramoe_train.errors import ConfigError, LoramoeError
+from loramoe_train.schema.trainer import TrainerConfig
+from loramoe_train.training import rng
+from loramoe_train.training.checkpoint import Checkpoint, rotate, write_checkpoint
+from loramoe_train.training.metrics import Metrics, Window
+from loramoe_train.training.parts import TrainingParts
+from loramoe_train.training.progress import Progress
+from loramoe_train.training.stages import StagePlan
+from loramoe_train.training.summary import StageSummary
+from loramoe_train.training.validation import EvalResult
+
+
+@dataclass
+class StageState:
+    """Where a stage stands: plain numbers, so that JSON can hold them exactly."""
+
+    window: Window
+    done: int = 0  # optimizer steps of this stage
+    pending: bool = False  # the evaluation and checkpoint that are due after step `done` are still to come
+    seconds: float = 0.0
+    tokens: int = 0
+    last_losses: dict[str, Any] = field(default_factory=lambda: {"loss": None, "task_loss": {}})
+    last_eval: EvalResult | None = None
+    best_step: int | None = None  # of the run
+    best_loss: float | None = None
+    patience_loss: float | None = None  # what early stopping compares with
+    evals_without_gain: int = 0
+    recorded: dict[str, int] = field(default_factory=dict)  # site -> number of its experts
+
+    def plain(self) -> dict[str, Any]:
+        return asdict(self)
+
+    @classmethod
+    def from_plain(cls, values: Mapping[str, Any]) -> "StageState":
+        last_eval = values["last_eval"]
+        return cls(
+            **{
+                **values,
+                "window": Window(**values["window"]),
+                "last_eval": None if last_eval is None else EvalResult(**last_eval),
+            }
+        )
+
+
+@dataclass
+class RunState:
+    """What the stages of a run share."""
+
+    parts: TrainingParts
+    accelerator: Accelerator
+    trainer: TrainerConfig
+    stages: tuple[StagePlan, ...]
+    run_dir: Path
+    seed: int
+    progress: Progress
+    metrics: Metrics
+    history: list[StageSummary] = field(default_factory=list)  # of the completed stages
+    last_checkpoint: Path | None = None
+
+    def restore(self, checkpoint: Checkpoint) -> None:
+        """Take the weights and the history of a checkpoint. Raises ConfigError if its stages so far were others."""
+        refuse_other_plan(checkpoint, self.stages, self.seed)
+        self.parts.load_adapter(checkpoint.path)
+        self.history = [StageSummary.from_plain(values) for values in checkpoint.state["history"]]
+        self.last_checkpoint = checkpoint.path
+
+    def restore_generators(self, checkpoint: Checkpoint) -> None:
+        """Put this rank's random generators back, if there are as many ranks as then."""
+        states, rank = checkpoint.state["rng"], self.accelerator.process_index
+        if len(states) == self.accelerator.num_processes:
+            rng.restore(checkpoint.tensors(f"rng_{rank}"), states[rank])
+
+    def save(
+        self,
+        plan: StagePlan,
+        state: StageState,
+        *,
+        tensors: Mapping[str, Mapping[str, Tensor]],
+        optimizer_numbers: Mapping[str, Any],
+        finished: StageSummary | None,
+    ) -> Path:
+        """Write a checkpoint on the main process and delete those no longer wanted. Call it on every rank.
+
+        Args:
+            tensors: file name in state/ -> tensors.
+            finished: the stage's summary if it is complete.
+
+        Raises:
+            LoramoeError: it could not be written; on every rank.
+        """
+        step = plan.first_step + state.done
+        generators = gather_object([rng.capture()])
+        history = [*self.history, *([finished] if finished else [])]
+        content = {
+            "seed": self.seed,
+            "stages": [entry.plain() for entry in self.stages],
+            "stage": plan.index,
+            "stage_done": finished is not None,
+            "step": step,
+            "history": [summary.plain() for summary in history],
+            "stage_state": state.plain(),
+            "optimizer": dict(optimizer_numbers),
+            "rng": [numbers for _, numbers in generators],
+        }
+        files = {**tensors, **{f"rng_{rank}": entry for rank, (entry, _) in enumerate(generators)}}
+        path, problem = None, None
+        if self.accelerator.is_main_process:
+            try:
+                self.metrics.sync()
+                path = write_checkpoint(
+                    self.run_dir, step, save_adapter=self.parts.save_adapter, tensors=files, state=content
+                )
+                rotate(self.run_dir, step=step, keep=self.trainer.keep, protected=self._protected(state, history))
+            except LoramoeError as error:
+                problem = str(error)
+        path, problem = broadcast_object_list([path, problem])
+        if problem is not None:
+            raise LoramoeError(problem)
+        self.last_checkpoint = path
+        return path
+
+    def _protected(self, state: StageState, history: list[StageSummary]) -> set[str]:
+        """Names of the checkpoints that rotation spares: each completed stage's last, and each stage's best."""
+        steps = {state.best_step}
+        for plan, summary in zip(self.stages, history, strict=False):
+            steps |= {summary.best_step, plan.first_step + summary.steps}
+        return {f"step_{step:06d}" for step in steps if step is not None}
+
+
+def refuse_other_plan(checkpoint: Checkpoint, stages: tuple[StagePlan, ...], seed: int) -> None:
+    """Raise ConfigError unless the stages up to the checkpoint's own, and the seed, are what they were."""
+    stored, index = checkpoint.state["stages"], checkpoint.state["stage"]
+    cure = "set it back to resume, or use init_from to start from its weights"
+    if checkpoint.state["seed"] != seed:
+        raise ConfigError(f"seed is {seed}, but checkpoint {checkpoint.path} has {checkpoint.state['seed']}; {cure}")
+    if index >= len(stages):
+        raise ConfigError(
+            f"trainer.stages has {len(stages)} stages, but checkpoint {checkpoint.path} is of stage {index + 1} "
+            f"({stored[index]['name']}); {cure}"
+        )
+    for before, now in zip(stored[: index + 1], [plan.plain() for plan in stages[: index + 1]], strict=True):
+        for key, value in before.items():
+            if now.get(key) != value:
+                raise ConfigError(
+                    f"stage {before['name']} has {key}={now.get(key)}, but checkpoint {checkpoint.path} has {value}; "
+                    f"{cure}"
+                )

@@ -1,0 +1,50 @@
+"""Signals that ask a run to stop: noted when they come, obeyed at the next step boundary. No torch in here.
+
+SIGTERM and SIGUSR1/2 (time limit, preemption) and Ctrl-C all mean "finish the step, save, leave". A second Ctrl-C stops
+at once. submitit installs a SIGUSR2 handler of its own that requeues the job and exits without asking anybody to save,
+so ours takes its place while training and calls it after the checkpoint is safe.
+"""
+
+import signal
+import threading
+from collections.abc import Callable
+from types import FrameType, TracebackType
+from typing import Any
+
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGINT)
+
+
+class StopSignals:
+    """Context manager; `received` is the first signal that came, or None."""
+
+    def __init__(self, on_interrupt: Callable[[], None] = lambda: None) -> None:
+        self.received: signal.Signals | None = None
+        self._on_interrupt = on_interrupt  # tells the user, once, that Ctrl-C was heard
+        self._interrupted = False
+        self._previous: dict[signal.Signals, Any] = {}
+
+    def __enter__(self) -> "StopSignals":
+        if threading.current_thread() is threading.main_thread():  # Python allows handlers nowhere else
+            for number in STOP_SIGNALS:
+                self._previous[number] = signal.signal(number, self._note)
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        for number, handler in self._previous.items():
+            signal.signal(number, handler if handler is not None else signal.SIG_DFL)
+
+    def _note(self, number: int, frame: FrameType | None) -> None:
+        if number == signal.SIGINT:
+            if self._interrupted:
+                raise KeyboardInterrupt
+            self._interrupted = True
+            self._on_interrupt()
+        self.received = self.received or signal.Signals(number)
+
+    def chain(self) -> None:
+        """Hand a SIGUSR2 on to whoever listened before us. Call it once the checkpoint is on the disk."""
+        handler = self._previous.get(signal.SIGUSR2)
+        if self.received == signal.SIGUSR2 and callable(handler):
+            handler(int(signal.SIGUSR2), None)

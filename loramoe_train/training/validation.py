@@ -1,0 +1,78 @@
+"""Evaluation loss per task: nats per supervised token on held-out examples, under the stage's routing mode."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from math import isfinite
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+
+from loramoe_train.schema.trainer import TrainerConfig
+from loramoe_train.training.loss import LossHead, predicting, targets
+from loramoe_train.training.memory import memory_errors
+from loramoe_train.training.metrics import losses
+from loramoe_train.training.parts import TrainingParts
+from loramoe_train.training.step import autocast, mask_dtype, model_inputs
+
+
+@dataclass(frozen=True)
+class EvalResult:
+    """Nats per supervised token: over all tokens, and by task."""
+
+    loss: float
+    task_loss: dict[str, float]
+
+    def plain(self) -> dict[str, Any]:
+        return {"loss": self.loss, "task_loss": self.task_loss}
+
+
+def evaluate(
+    parts: TrainingParts,
+    accelerator: Accelerator,
+    trainer: TrainerConfig,
+    head: LossHead,
+    *,
+    stop_requested: Callable[[], bool] = lambda: False,
+) -> EvalResult | None:
+    """Loss over `parts.validation`; every rank takes its share of the batches and all get the same result.
+
+    The model's mode is what it was before, afterwards. `stop_requested` is asked between tasks, on every rank alike.
+
+    Returns:
+        None if the evaluation was given up because somebody asked to stop, or if there is nothing to evaluate on.
+    """
+    sums: dict[str, tuple[float, float]] = {}
+    training = parts.model.training
+    parts.model.eval()
+    try:
+        for task, batches in parts.validation.items():
+            if stop_requested():
+                return None
+            total = torch.zeros(2, dtype=torch.float64, device=accelerator.device)
+            for batch in batches[accelerator.process_index :: accelerator.num_processes]:
+                batch = batch.to(accelerator.device)
+                keep_BS = predicting(batch)
+                labels_R, _ = targets(batch, keep_BS)
+                with (
+                    torch.no_grad(),
+                    memory_errors("the evaluation of the loss"),
+                    parts.context.open(batch.tokens()),
+                    autocast(accelerator.device, trainer),
+                ):
+                    inputs = model_inputs(batch, mask_dtype(parts.model, trainer))
+                    losses_R = head.losses(parts.model, inputs, keep_BS, labels_R)
+                total[0] += losses_R.double().sum()
+                total[1] += len(losses_R)
+            if accelerator.num_processes > 1:
+                total = accelerator.reduce(total, reduction="sum")
+            sums[task] = tuple(total.tolist())
+    finally:
+        parts.model.train(training)
+    found = losses(sums)
+    return EvalResult(**found) if found["loss"] is not None else None
+
+
+def improves(loss: float, best: float | None, min_delta: float) -> bool:
+    """Whether a loss beats the best by more than `min_delta`; one that is not finite never does."""
+    return isfinite(loss) and (best is None or loss < best - min_delta)

@@ -1,0 +1,140 @@
+"""From the composed config to a typed `RunConfig`, with one line for whatever is wrong. Torch-free, so it is quick.
+
+Hydra accepts `+anything=1`, so every key is checked again here. Then come the checks across fields, which
+need no weights: at most the base model's config.json.
+"""
+
+from collections.abc import Mapping
+from typing import Any, get_args, get_origin
+
+from pydantic import BaseModel, ValidationError
+
+from loramoe_train.errors import ConfigError, nearest
+from loramoe_train.experts.layouts import expand_layout, per_layer
+from loramoe_train.parts import check_part, takes
+from loramoe_train.schema.run import RunConfig
+
+ROUTER_FACTS = ("d_in", "num_experts", "top_k", "device", "generator")
+AUX_FACTS = ("top_k",)
+BANK_FACTS = ("d_in", "d_out", "ranks", "scales", "dropout", "device", "generator")
+
+
+def validate(values: Mapping[str, Any]) -> RunConfig:
+    """The typed config, or ConfigError naming the full key, the value, what would be right and the nearest name."""
+    try:
+        config = RunConfig.model_validate(values)
+    except ValidationError as error:
+        raise ConfigError(_one_line(error)) from error
+    check_parts(config)
+    return config
+
+
+def _one_line(error: ValidationError) -> str:
+    first, others = error.errors()[0], error.error_count() - 1
+    location = [str(part) for part in first["loc"]]
+    key, more = ".".join(location), f" (and {others} more)" if others else ""
+    if first["type"] == "extra_forbidden":
+        return f"unknown key {key}={_shown(first['input'])}{nearest(location[-1], _fields_at(location[:-1]))}{more}"
+    if first["type"] == "missing":
+        return f"{key} is missing; give it a value{more}"
+    message = first["msg"].removeprefix("Value error, ").replace("Input should", "should")
+    if first["type"] == "literal_error":
+        expected = str(first["ctx"]["expected"]).replace("'", "").replace(" or ", ", ").split(", ")
+        message = f"must be one of {', '.join(expected)}{nearest(str(first['input']), expected).split('; known')[0]}"
+    return f"{key}={_shown(first['input'])}: {message}{more}"
+
+
+def _shown(value: object) -> str:
+    text = str(value)
+    return text if len(text) <= 60 else text[:57] + "..."
+
+
+def _fields_at(location: list[str]) -> list[str]:
+    """Field names of the schema at a place; empty where keys are free."""
+    model: Any = RunConfig
+    for part in location:
+        if isinstance(model, type) and issubclass(model, BaseModel):
+            field = model.model_fields.get(part)
+            if field is None:
+                return []
+            model = field.annotation
+        elif get_origin(model) is dict:
+            model = get_args(model)[1]
+        candidates = [a for a in get_args(model) if isinstance(a, type) and issubclass(a, BaseModel)]
+        if candidates and get_origin(model) is not dict:
+            model = candidates[0]
+    return list(model.model_fields) if isinstance(model, type) and issubclass(model, BaseModel) else []
+
+
+def check_parts(config: RunConfig) -> None:
+    """Every `_target_` names a known class with fitting arguments; router, selection and losses agree."""
+    trusted, router = config.trusted_modules, config.router
+    check_part(config.experts.make, "experts.make", facts=BANK_FACTS, trusted=trusted)
+    if (router.make is None) != (router.scope == "none"):
+        raise ConfigError(
+            f"router.scope={router.scope} and router.make contradict each other: scope none goes with make null"
+        )
+    if router.make is not None:
+        check_part(router.make, "router.make", facts=ROUTER_FACTS, trusted=trusted)
+        if takes(router.make, "top_k", trusted) and router.top_k is None:
+            raise ConfigError(
+                "router.top_k is missing: the router selects a number of experts; give e.g. router.top_k=2"
+            )
+    elif config.aux_loss:
+        name = next(iter(config.aux_loss))
+        raise ConfigError(f"aux_loss.{name} needs a learned router, but router.scope=none; set aux_loss=none")
+    for name, term in config.aux_loss.items():
+        check_part(term.make, f"aux_loss.{name}.make", facts=AUX_FACTS, trusted=trusted)
+        if takes(term.make, "top_k", trusted) and router.top_k is None:
+            raise ConfigError(f"aux_loss.{name} counts the top-k share; give router.top_k, e.g. router.top_k=2")
+
+
+def check_layout(
+    config: RunConfig, num_layers: int, domains: list[str]
+) -> tuple[list[int], list[int], list[int] | None]:
+    """Experts, rank and top-k per layer; ConfigError where they do not fit the model or each other.
+
+    Imported adapters fix counts and ranks; then only top_k is checked.
+    """
+    experts, top_k = config.experts, config.router.top_k
+    try:
+        if experts.adapters:
+            counts = [len(experts.adapters)] * num_layers
+        else:
+            counts = expand_layout(experts.layout, num_layers, num_domains=len(domains))
+    except ValueError as error:
+        raise ConfigError(f"experts.layout={_shown(experts.layout)} {error}") from error
+    ranks = _per_layer("experts.rank", experts.rank, num_layers)
+    chosen = None if top_k is None else _per_layer("router.top_k", top_k, num_layers)
+    if min(ranks) < 1:
+        raise ConfigError(f"experts.rank={_shown(experts.rank)}: a rank must be at least 1")
+    if config.router.make is not None and chosen is not None:
+        for layer, (count, k) in enumerate(zip(counts, chosen, strict=True)):
+            if count and not 1 <= k <= count:
+                raise ConfigError(
+                    f"router.top_k={k} does not fit layer {layer}, which has {count} expert{'s'[: count != 1]};"
+                    f" give at most {count}, or more experts (experts.layout={_shown(experts.layout)})"
+                )
+    if config.router.make is None and max(counts) > 1 and not _hard_only(config):
+        raise ConfigError(
+            f"experts.layout={_shown(experts.layout)} gives a layer {max(counts)} experts, but router.scope=none"
+            " chooses nothing; use experts.layout=1 or a router"
+        )
+    return counts, ranks, chosen
+
+
+def _per_layer(key: str, value: int | list[int], num_layers: int) -> list[int]:
+    try:
+        return per_layer(value, num_layers)
+    except ValueError as error:
+        raise ConfigError(f"{key}={_shown(value)} {error}") from error
+
+
+def _hard_only(config: RunConfig) -> bool:
+    return all(stage.routing == "by_domain" for stage in config.trainer.stages.values())
+
+
+def domains_of(config: RunConfig) -> list[str]:
+    """The mixture's domains in order of first appearance."""
+    names = (config.data.definitions[task].domain or task for task in config.data.tasks)
+    return list(dict.fromkeys(names))

@@ -1,0 +1,103 @@
+"""Fixtures that several folders of tests share. Nothing here or in a test asks the network for anything."""
+
+import os
+import tempfile
+from pathlib import Path
+from typing import Any
+
+_CACHE = tempfile.TemporaryDirectory(prefix="loramoe-tests-")
+# before anything imports the hub libraries: they read these when they are imported
+os.environ.update(HF_HUB_OFFLINE="1", HF_DATASETS_OFFLINE="1", HF_HOME=_CACHE.name, TOKENIZERS_PARALLELISM="false")
+os.environ.setdefault("WANDB_MODE", "offline")
+
+import pytest  # noqa: E402
+
+ROOT = Path(__file__).resolve().parents[1]
+END, USER, ASSISTANT, PAD, BEGIN = "<|end|>", "<|user|>", "<|assistant|>", "<|pad|>", "<|begin|>"
+CHAT_TEMPLATE = (
+    "{% for m in messages %}{{ '<|' + m['role'] + '|>' }}{{ m['content'] + '<|end|>' }}\n{% endfor %}"
+    "{% if add_generation_prompt %}<|assistant|>{% endif %}"
+)
+CORPUS = [
+    "Question: Tom has 3 apples and buys 4 more. How many apples does he have?\nAnswer: 3 + 4 = 7\n#### 7",
+    "Does this sentence make sense? yes no. Is this sentence positive or negative?",
+    'def add(a, b):\n    """Return the sum."""\n    return a + b\n',
+    "The quick brown fox jumps over the lazy dog, again and again, and the dog sleeps.",
+]
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    if any("gpu" in item.keywords for item in items):
+        import torch
+
+        if not torch.cuda.is_available():
+            for item in items:
+                if "gpu" in item.keywords:
+                    item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
+
+
+@pytest.fixture(scope="session")
+def shared_dir() -> Path:
+    """The folder with the real data: LORAMOE_SHARED, else `shared` beside the checkout; skips without it."""
+    folder = Path(os.environ.get("LORAMOE_SHARED", ROOT.parent / "shared"))
+    if not folder.is_dir():
+        pytest.skip("needs the real data: set LORAMOE_SHARED to the folder that holds data/")
+    return folder
+
+
+def make_tokenizer(*, begin: bool = False, chat_template: str | None = CHAT_TEMPLATE) -> Any:
+    """A byte-level BPE tokenizer of about 400 tokens; with `begin` it puts a begin-of-sequence token before a text."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    inner = Tokenizer(models.BPE())
+    inner.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    inner.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=400,
+        special_tokens=[PAD, END, USER, ASSISTANT, BEGIN],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    inner.train_from_iterator(CORPUS, trainer)
+    if begin:
+        inner.post_processor = processors.TemplateProcessing(
+            single=f"{BEGIN} $A", special_tokens=[(BEGIN, inner.token_to_id(BEGIN))]
+        )
+    special = {"eos_token": END, "pad_token": PAD} | ({"bos_token": BEGIN} if begin else {})
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=inner, **special)
+    tokenizer.chat_template = chat_template
+    return tokenizer
+
+
+@pytest.fixture(scope="session")
+def tokenizer() -> Any:
+    return make_tokenizer()
+
+
+@pytest.fixture(scope="session")
+def bos_tokenizer() -> Any:
+    return make_tokenizer(begin=True)
+
+
+def make_llama(*, vocab_size: int, seed: int = 0, **changes: Any) -> Any:
+    """A random two-layer Llama, hidden size 32, in float32 and eval mode."""
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    shape = dict(hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4)
+    config = LlamaConfig(
+        vocab_size=vocab_size, num_key_value_heads=2, max_position_embeddings=256, **{**shape, **changes}
+    )
+    torch.manual_seed(seed)
+    return LlamaForCausalLM(config).eval()
+
+
+@pytest.fixture(scope="session")
+def tiny_model_dir(tmp_path_factory: pytest.TempPathFactory, tokenizer: Any) -> Path:
+    """A folder with a tiny random Llama and its tokenizer, as `from_pretrained` wants it."""
+    folder = tmp_path_factory.mktemp("tiny-llama")
+    ids = dict(eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id)
+    make_llama(vocab_size=len(tokenizer), **ids).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder

@@ -1,0 +1,44 @@
+"""The estimator against enumeration, and what the executing filter passes on."""
+
+from itertools import combinations
+
+import pytest
+
+from loramoe_train.evaluation.pass_at_k import code_scoring, pass_at_k
+from loramoe_train.evaluation.sandbox import Outcome
+
+
+@pytest.mark.parametrize("num_samples", [1, 3, 6])
+def test_estimator_equals_counting_all_draws(num_samples):
+    for passed in range(num_samples + 1):
+        for k in range(1, num_samples + 1):
+            draws = list(combinations([True] * passed + [False] * (num_samples - passed), k))
+            assert pass_at_k(num_samples, passed, k) == pytest.approx(sum(map(any, draws)) / len(draws))
+
+
+@pytest.mark.parametrize("arguments", [(1, 1, 2), (1, 2, 1), (3, -1, 1), (3, 1, 0)])
+def test_impossible_counts_are_refused(arguments):
+    with pytest.raises(ValueError, match="not defined"):
+        pass_at_k(*arguments)
+
+
+def test_programs_are_prompt_completion_tests_and_call():
+    ran: list[str] = []
+
+    def run(programs):
+        ran.extend(programs)
+        return [Outcome("passed" if "good" in program else "failed", "", 0.1) for program in programs]
+
+    docs = [
+        {"prompt": "def f():\n", "test": "def check(c): ...", "entry_point": "f"},
+        {"prompt": "def g():\n", "test": "def check(c): assert c", "entry_point": "g"},
+    ]
+    entries = code_scoring(run, k=2)
+    execute = entries["filter_list"][0]["filter"][0]["filter_fn"]
+    found = execute(iter([["  good\n", "  bad\n", "  bad2\n"], ["  good\n", "  good\n"]]), iter(docs))
+    assert ran[0] == "def f():\n  good\n\ndef check(c): ...\ncheck(f)"
+    assert len(ran) == 5 and ran[4].endswith("check(g)")
+    assert [entry["verdict"] for entry in found[0]] == ["passed", "failed", "failed"]
+    assert found[0][0]["code"] == "def f():\n  good\n"
+    assert entries["process_results"](docs[0], [found[0]]) == {"pass@2": pytest.approx(2 / 3)}
+    assert entries["process_results"](docs[1], [found[1]]) == {"pass@2": 1.0}

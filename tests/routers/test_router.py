@@ -1,0 +1,81 @@
+"""The learned router: contract, hand-computed weights, policies of training and evaluation."""
+
+import pytest
+import torch
+
+from loramoe_train.routers.router import Policy, Router
+from loramoe_train.routers.scores import LinearScore
+from loramoe_train.routers.select import All, TopK
+from loramoe_train.routing.context import RoutingContext
+from tests.contracts import check_router
+
+
+def soft(d_in, experts):
+    return Router(
+        score=LinearScore(d_in, experts),
+        train=Policy(All()),
+        evaluate=Policy(TopK(min(2, experts), experts), "renormalised"),
+    )
+
+
+def sparse(d_in, experts):
+    policy = Policy(TopK(min(2, experts), experts), "renormalised")
+    return Router(score=LinearScore(d_in, experts, init="kaiming"), train=policy, evaluate=policy)
+
+
+def test_contracts():
+    check_router(soft)
+    check_router(sparse)
+    check_router(
+        lambda d, e: Router(
+            score=LinearScore(d, e, bias=True), normalise="sigmoid", train=Policy(All()), evaluate=Policy(All())
+        ),
+        sums_to_one=False,
+    )
+
+
+def test_weights_by_hand():
+    router = soft(2, 3)
+    router.score.weight.data = torch.tensor([[1.0, 0.0], [0.0, 1.0], [0.0, 0.0]])
+    x = torch.tensor([[2.0, 1.0]])  # logits 2, 1, 0
+    p = torch.tensor([0.66524096, 0.24472847, 0.09003057])
+    torch.testing.assert_close(router(x, RoutingContext()).weights_NE[0], p)
+    kept = router.eval()(x, RoutingContext()).weights_NE[0]
+    torch.testing.assert_close(kept, torch.tensor([0.73105858, 0.26894142, 0.0]))
+
+
+@pytest.mark.parametrize("weight", ["probability", "renormalised", "unit"])
+def test_exactly_k_experts_even_among_ties(weight):
+    w = Policy(TopK(2, 5), weight)(torch.full((4, 5), 0.2))
+    assert ((w > 0).sum(dim=-1) == 2).all()
+    assert w.max().item() == pytest.approx({"probability": 0.2, "renormalised": 0.5, "unit": 1.0}[weight])
+
+
+def test_zero_initialised_router_starts_at_the_uniform_average():
+    w = soft(4, 5)(torch.randn(3, 4), RoutingContext()).weights_NE
+    torch.testing.assert_close(w, torch.full((3, 5), 0.2))
+
+
+def test_temperature_divides_the_logits():
+    router = Router(
+        score=LinearScore(2, 2, init="normal"), train=Policy(All()), evaluate=Policy(All()), temperature=2.0
+    )
+    x = torch.randn(3, 2)
+    torch.testing.assert_close(router(x, RoutingContext()).logits_NE, router.score(x) / 2.0)
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: TopK(3, 2), "between 1 and the layer's 2 experts, got 3"),
+        (lambda: Policy(All(), "half"), "weight must be"),
+        (
+            lambda: Router(score=LinearScore(2, 2), train=Policy(All()), evaluate=Policy(All()), temperature=0),
+            "positive",
+        ),
+        (lambda: LinearScore(2, 2, init="ones"), "init must be"),
+    ],
+)
+def test_bad_values(make, message):
+    with pytest.raises(ValueError, match=message):
+        make()

@@ -1,0 +1,79 @@
+"""Bad input on the command line: one clear line, the right exit code, before anything heavy is loaded."""
+
+import time
+
+import pytest
+
+from tests.cli import run_cli
+
+RECIPE = "+recipe=lora_mixer"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "words"),
+    [
+        (["+recipe=lora_mixr"], 2, ["recipe=lora_mixr", "did you mean 'lora_mixer'"]),
+        ([RECIPE, "seeed=3"], 2, ["'seeed'", "did you mean 'seed'"]),
+        ([RECIPE, "experts.rnk=4"], 2, ["experts.rnk", "experts.rank"]),
+        ([RECIPE, "+experts.rnk=4"], 2, ["experts.rnk=4", "did you mean 'rank'"]),
+        ([RECIPE, "+foo=1"], 2, ["foo=1"]),
+        (["roter=soft"], 2, ["'roter'", "did you mean 'router'"]),
+        (["router=sft"], 2, ["router=sft", "did you mean 'soft'"]),
+        ([RECIPE, "trainer.lr=abc"], 2, ["trainer.lr=abc", "number"]),
+        ([RECIPE, "trainer.lr=-1"], 2, ["trainer.lr=-1", "greater than 0"]),
+        ([RECIPE, "trainer.optimizer=adm"], 2, ["trainer.optimizer=adm", "did you mean 'adamw'"]),
+        ([RECIPE, "router.top_k=9"], 2, ["router.top_k=9", "5 experts"]),
+        ([RECIPE, "router.top_k=null"], 2, ["router.top_k is missing"]),
+        ([RECIPE, "experts.layout=[1,2]"], 2, ["experts.layout", "2 entries for 4 layers"]),
+        ([RECIPE, "experts.layout=many"], 2, ["experts.layout", "'many' is no layout"]),
+        ([RECIPE, "experts.rank=[8]"], 2, ["experts.rank", "1 entries for 4 layers"]),
+        ([RECIPE, "experts.rank=0"], 2, ["experts.rank=0", "at least 1"]),
+        ([RECIPE, "router=none"], 2, ["aux_loss.routing_specialization needs a learned router"]),
+        ([RECIPE, "router.scope=block"], 2, ["router.scope=block", "none, site"]),
+        ([RECIPE, "router.scope=none"], 2, ["router.scope=none", "contradict"]),
+        (["+recipe=lora", "experts.layout=4"], 2, ["experts.layout=4", "router.scope=none"]),
+        ([RECIPE, "data.tasks=[gsm8k,colaa]"], 2, ["'colaa'", "did you mean 'cola'"]),
+        ([RECIPE, "data.tasks=[]"], 2, ["data", "empty"]),
+        ([RECIPE, "data.max_length=100000"], 2, ["data.max_length=100000", "512"]),
+        ([RECIPE, "model.path=/does/not/exist"], 3, ["model.path=/does/not/exist"]),
+        ([RECIPE, "model=llama3_8b"], 3, ["Meta-Llama-3-8B", "hf download"]),
+        ([RECIPE, "eval.tasks=[gsm9k]"], 2, ["'gsm9k'", "gsm8k"]),
+        ([RECIPE, "experts.make._target_=os.system"], 2, ["lies outside loramoe_train"]),
+        ([RECIPE, "router.make.temprature=2"], 2, ["temprature"]),
+        ([RECIPE, "+router.make.temprature=2"], 2, ["router.make.temprature", "did you mean 'temperature'"]),
+        ([RECIPE, "trainer.max_steps=1"], 2, ["trainer.max_steps", "2 stages"]),
+        (["+recipe=lora_mixer_plug_and_play"], 2, ["experts.adapters"]),
+        ([RECIPE, "no_equal_sign"], 2, ["no_equal_sign"]),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else None,
+)
+def test_one_line_and_an_exit_code(arguments, code, words, tmp_path):
+    started = time.monotonic()
+    done = run_cli("train", *arguments, cwd=tmp_path)
+    assert done.returncode == code, done.stderr
+    lines = done.stderr.strip().splitlines()
+    assert len(lines) == 1 and lines[0].startswith("loramoe: "), done.stderr
+    assert all(word in lines[0] for word in words), lines[0]
+    assert "Traceback" not in done.stderr
+    assert not list(tmp_path.iterdir()), "a refused run leaves nothing behind"
+    assert time.monotonic() - started < 30  # five seconds on an idle machine; this is only a hang's guard
+
+
+def test_a_file_cannot_widen_what_it_may_run(tmp_path):
+    folder = tmp_path / "mine" / "recipe"
+    folder.mkdir(parents=True)
+    (folder / "evil.yaml").write_text("# @package _global_\ntrusted_modules: [os]\n")
+    done = run_cli("train", "--config-dir", str(tmp_path / "mine"), "+recipe=evil", cwd=tmp_path)
+    assert done.returncode == 2 and "only be set on the command line" in done.stderr
+
+
+def test_plus_is_optional_before_recipe(tmp_path):
+    one = run_cli("train", "--cfg", "job", "recipe=lora_mixer", cwd=tmp_path)
+    two = run_cli("train", "--cfg", "job", "+recipe=lora_mixer", cwd=tmp_path)
+    assert one.returncode == 0 and one.stdout == two.stdout
+
+
+def test_help_lists_recipes_and_groups(tmp_path):
+    done = run_cli("train", "--help", cwd=tmp_path)
+    assert done.returncode == 0
+    assert "recipe: " in done.stdout and "lora_mixer" in done.stdout and "router: " in done.stdout

@@ -1,0 +1,57 @@
+"""A tiny run in a process of its own, or in several: `python -m tests.training.worker OPTIONS.json`.
+
+Prints `step N` when the data of a step is asked for and `done` at the end; exits as the command line would. Writes the
+final weights to `run_dir/weights.safetensors`.
+"""
+
+import json
+import signal
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from safetensors.torch import save_file
+
+from loramoe_train.errors import LoramoeError
+from loramoe_train.training.checkpoint import find_latest
+from loramoe_train.training.parts import StageData
+from tests.training.harness import double_parts, make_parts, make_trainer, train, weights
+
+
+class Announced:
+    """Stage data that says what it is asked for, and takes its time."""
+
+    def __init__(self, data: StageData, pause: float) -> None:
+        self.data, self.pause = data, pause
+
+    def steps(self, *, start: int, **which: int) -> Iterator[list]:
+        for step, batches in enumerate(self.data.steps(start=start, **which), start):
+            print(f"step {step}", flush=True)
+            time.sleep(self.pause)
+            yield batches
+
+
+def main(options: dict[str, Any]) -> None:
+    run_dir = Path(options["run_dir"])
+    make = double_parts if options.get("double") else make_parts
+    parts = make(**options.get("parts", {}))
+    made = parts.stage_data
+    parts = replace(parts, stage_data=lambda name: Announced(made(name), options.get("pause", 0.0)))
+    if options.get("listen"):
+        # who listened before, as submitit does
+        signal.signal(signal.SIGUSR2, lambda *_: print("requeued", find_latest(run_dir).name, flush=True))
+    resume = find_latest(run_dir) if options.get("resume") == "auto" else options.get("resume")
+    train(parts, make_trainer(**options.get("trainer", {})), run_dir, resume=Path(resume) if resume else None)
+    save_file(weights(parts), run_dir / "weights.safetensors")
+    print("done", flush=True)
+
+
+if __name__ == "__main__":
+    try:
+        main(json.loads(Path(sys.argv[1]).read_text()))
+    except LoramoeError as error:
+        print(error, file=sys.stderr)
+        sys.exit(error.exit_code)
