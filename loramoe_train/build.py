@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from loramoe_train.errors import ConfigError
+from loramoe_train.errors import ConfigError, nearest
 from loramoe_train.experts.inject import inject, trainable_groups
 from loramoe_train.experts.linear import ExpertLinear
 from loramoe_train.experts.peft_folder import LoraAdapter, read_peft_folder
@@ -74,8 +74,8 @@ def _check_coverage(adapters: Sequence[LoraAdapter], sites: Sequence[Site], path
         for name, pair in adapter.modules.items():
             if name not in known:
                 raise ConfigError(
-                    f"experts.adapters: {path} has weights for {name}, which experts.sites does not select;"
-                    " use experts.sites=all_linear or name its module"
+                    f"experts.adapters: {path} has weights for {name}, which experts.sites does not select"
+                    f"{nearest(name, known).split('; known')[0]}; use experts.sites=all_linear or name its module"
                 )
             shape, wanted = (pair.down.shape[1], pair.up.shape[0]), (known[name].in_features, known[name].out_features)
             if shape != wanted:
@@ -94,12 +94,12 @@ def attach(
     context, trusted = RoutingContext(num_domains), config.trusted_modules
 
     def make(part: dict[str, Any], key: str, spec: ExpertSpec, device: torch.device, **facts: Any) -> nn.Module:
-        on_meta = device.type == "meta"
+        stays = device.type in ("meta", "cpu")  # a GPU's numbers would differ, so its parts are drawn on the CPU
         digest = hashlib.sha256(f"{config.seed}:{key}:{spec.site.name}".encode()).digest()
         generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "big") >> 1)
-        facts = {**facts, "device": device if on_meta else "cpu", "generator": generator}
+        facts = {**facts, "device": device if stays else "cpu", "generator": generator}
         built = build_part(part, key, facts=facts, trusted=trusted)
-        return built if on_meta else built.to(device)
+        return built if stays else built.to(device)
 
     def make_bank(spec: ExpertSpec, device: torch.device) -> Any:
         shape = {"d_in": spec.site.in_features, "d_out": spec.site.out_features}

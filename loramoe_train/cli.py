@@ -7,7 +7,7 @@ and its exit code (errors.py); a traceback means a defect.
 import os
 import re
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -100,7 +100,7 @@ def _main(command: Command, extras: dict[str, tuple[str, ...]] | None = None) ->
 
     # Hydra would print its own, longer message and always exit with 1.
     os.environ["HYDRA_FULL_ERROR"] = "1"
-    sys.argv[1:] = [f"+{a}" if a.startswith("recipe=") else a for a in sys.argv[1:]]
+    sys.argv[1:] = normalised(sys.argv[1:])
     register()
     refused: list[LoramoeError] = []
 
@@ -126,6 +126,24 @@ def _is_sweep() -> bool:
     from hydra.types import RunMode
 
     return HydraConfig.get().mode == RunMode.MULTIRUN
+
+
+def normalised(arguments: Sequence[str]) -> list[str]:
+    """The arguments with Hydra's `+` where it is a formality: before `recipe=`, and before keys below a free mapping
+    (`trainer.stages.mine.steps=5`, `data.sampling.weights.gsm8k=2`), which the schema cannot list.
+    """
+    from loramoe_train.schema.run import free_mappings
+
+    free = tuple(free_mappings())
+
+    def one(argument: str) -> str:
+        key = argument.partition("=")[0]
+        if key == "recipe":
+            return f"+{argument}"
+        below = any(key.startswith(f"{name}.") or (key == name and "." in name) for name in free)
+        return f"++{argument}" if below and "=" in argument else argument
+
+    return [one(argument) for argument in arguments]
 
 
 def register() -> None:

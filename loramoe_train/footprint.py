@@ -2,19 +2,20 @@
 activations counted by running the routed model on fake tensors (they have shapes and no storage).
 """
 
-from collections.abc import Iterable
-from contextlib import nullcontext
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
+from loramoe_train.routing.context import RoutingContext
 from loramoe_train.routing.types import Tokens
+
+MakeModel = Callable[[], tuple[nn.Module, RoutingContext]]
 
 BYTES = {"float32": 4.0, "bfloat16": 2.0}
 QUANTIZED = {"nf4": 0.5 + 4 / 64, "int8": 1.0}  # bytes per weight: nf4 keeps one float32 scale per 64 weights
-PROBE_TOKENS = 32  # activations are linear in tokens (attention does not keep its square), so a short probe is enough
+PROBE_TOKENS = (16, 48)  # activations are linear in tokens (attention does not keep its square)
 LOSS_CHUNK_ROWS = 1024  # rows of logits that exist at a time
 
 
@@ -65,42 +66,50 @@ def memory(
     return Memory(base, 4 * held, 4 * trained, per_state * trained, activations, logits)
 
 
-def saved_activations(make_model: Any, context_of: Any, *, batch: int, sequence: int, checkpointed: bool) -> int | None:
+def saved_activations(make_model: MakeModel, *, batch: int, sequence: int, checkpointed: bool) -> int | None:
     """Bytes that one forward pass keeps for backward, without the LM head; None where fake tensors do not reach.
 
-    `make_model()` returns (model, hidden size) and is called inside the fake mode, with routed layers in place.
+    `make_model()` returns (routed model in training mode, its context) and is called inside the fake mode. Two short
+    probes give the part that grows with the tokens and the part that does not (experts cast to the base's dtype).
     """
     from torch._subclasses.fake_tensor import FakeTensorMode
 
-    length = min(sequence, PROBE_TOKENS)
     try:
-        with FakeTensorMode(allow_non_fake_inputs=True):
-            model, hidden, dtype = make_model()
-            own = {p.untyped_storage()._cdata for p in [*model.parameters(), *model.buffers()]}
-            kept: dict[int, int] = {}
-            alive = []
-
-            def pack(tensor: torch.Tensor) -> torch.Tensor:
-                storage = tensor.untyped_storage()
-                if storage._cdata not in own:
-                    kept[storage._cdata] = storage.nbytes()
-                    alive.append(tensor)  # a freed storage's address could come back and be counted as one
-                return tensor
-
-            ids = torch.zeros(1, length, dtype=torch.long).view(-1)
-            facts = Tokens(ids == 0, ids, ids, ids == 0)
-            context = context_of(model)
-            with (
-                torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor),
-                context.open(facts) if context is not None else nullcontext(),
-            ):
-                embedded = torch.empty(1, length, hidden, dtype=dtype, requires_grad=True)
-                model.base_model.train()(inputs_embeds=embedded, use_cache=False)
-    except Exception:  # noqa: BLE001  a plan must not fail because a model has an operation without a fake kernel
+        with FakeTensorMode():
+            model, context = make_model()
+            short, long = (_kept_bytes(model, context, length) for length in PROBE_TOKENS)
+    except Exception:  # a plan must not fail because some operation of a model has no fake kernel
         return None
+    per_token = (long - short) / (PROBE_TOKENS[1] - PROBE_TOKENS[0])
+    fixed = max(short - per_token * PROBE_TOKENS[0], 0)
     tokens = batch * sequence
-    if checkpointed:
-        layers = max(getattr(model.config, "num_hidden_layers", 1), 1)
-        per_layer = sum(kept.values()) / layers
-        return int((per_layer + layers * hidden * dtype.itemsize * length) / length * tokens)
-    return int(sum(kept.values()) / length * tokens)
+    if checkpointed:  # every layer keeps its input; one layer at a time is run again
+        layers = max(model.config.num_hidden_layers, 1)
+        embedding = model.get_input_embeddings().weight
+        inputs = layers * embedding.shape[1] * embedding.element_size() * tokens
+        return int(inputs + (per_token * tokens + fixed) / layers)
+    return int(per_token * tokens + fixed)
+
+
+def _kept_bytes(model: nn.Module, context: RoutingContext, length: int) -> int:
+    """Bytes of all tensors saved for backward by a forward pass over `length` tokens, each storage once."""
+    own = {p.untyped_storage()._cdata for p in [*model.parameters(), *model.buffers()]}
+    kept: dict[int, int] = {}
+    alive = []  # a freed storage's address could come back and be counted as the same
+
+    def pack(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage._cdata not in own:
+            kept[storage._cdata] = storage.nbytes()
+            alive.append(tensor)
+        return tensor
+
+    ids = torch.zeros(length, dtype=torch.long)
+    embedding = model.get_input_embeddings().weight
+    with (
+        torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor),
+        context.open(Tokens(ids == 0, ids, ids, ids == 0)),
+    ):
+        embedded = torch.empty(1, length, embedding.shape[1], dtype=embedding.dtype, requires_grad=True)
+        model.base_model(inputs_embeds=embedded, use_cache=False)
+    return sum(kept.values())

@@ -6,7 +6,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import nn
 
 from loramoe_train import footprint
@@ -14,10 +13,13 @@ from loramoe_train.build import attach, plan_sites, read_adapters
 from loramoe_train.errors import LoramoeError
 from loramoe_train.experts.plan import ExpertSpec
 from loramoe_train.models import files_needed, meta_model
+from loramoe_train.routing.context import RoutingContext
 from loramoe_train.schema.run import RunConfig
 from loramoe_train.settle import benchmark_names, settle
 from loramoe_train.training.stages import plan_stages
 from loramoe_train.validation import domains_of
+
+MEASURED_ROWS = 100  # per task, to estimate tokens
 
 
 @dataclass(frozen=True)
@@ -74,10 +76,12 @@ def print_plan(config: RunConfig, *, batch: int | None = None, sequence: int | N
     settled = settle(config, check_files=False)
     counts, plan, model, bytes_of_base = make_counts(config)
     console = Console(soft_wrap=True, highlight=False)
+    if not console.is_terminal:
+        console.width = 140
     _print_sites(console, config, plan)
     _print_counts(console, counts)
     _print_memory(console, config, counts, model, bytes_of_base, batch, sequence)
-    _print_steps(console, config)
+    _print_steps(console, config, settled.max_positions)
     _print_files(console, config, settled.max_positions)
 
 
@@ -159,27 +163,20 @@ def _print_memory(
 
 def _activations(config: RunConfig, batch: int, sequence: int) -> int | None:
     """Run the routed model on fake tensors in the configured precision."""
-    domains, contexts = domains_of(config), {}
-    adapters = read_adapters(config)
+    domains, adapters = domains_of(config), read_adapters(config)
 
-    def make() -> tuple[nn.Module, int, torch.dtype]:
-        model = meta_model(config.model).to_empty(device="cpu")  # fake storage: the fake mode is on
+    def make() -> tuple[nn.Module, RoutingContext]:
+        model = meta_model(config.model, device="cpu")
         routed = attach(config, model, plan_sites(config, model, domains, adapters), num_domains=len(domains))
-        contexts[id(model)] = routed.context
-        embedding = model.get_input_embeddings().weight
-        return model, embedding.shape[1], embedding.dtype
+        return model.train(), routed.context
 
-    return footprint.saved_activations(
-        make,
-        lambda model: contexts[id(model)],
-        batch=batch,
-        sequence=sequence,
-        checkpointed=config.model.gradient_checkpointing,
-    )
+    checkpointed = config.model.gradient_checkpointing
+    return footprint.saved_activations(make, batch=batch, sequence=sequence, checkpointed=checkpointed)
 
 
-def _print_steps(console: Any, config: RunConfig) -> None:
+def _print_steps(console: Any, config: RunConfig, max_positions: int | None) -> None:
     from loramoe_train.data.build import task_rows
+    from loramoe_train.data.sampling import SamplePlan, drawable
 
     console.print("\nSteps")
     try:
@@ -187,14 +184,40 @@ def _print_steps(console: Any, config: RunConfig) -> None:
     except LoramoeError as error:
         console.print(f"  unknown until the data is here: {error}")
         return
-    total = sum(sizes.values())
-    stages = plan_stages(config.trainer, dict.fromkeys(config.trainer.stages, total), aux_losses=config.aux_loss)
-    for stage in stages:
-        console.print(
-            f"  {stage.name:<12}{stage.steps:>7,} steps x {config.trainer.batch_size} examples"
-            f"   trains {' and '.join(stage.train)}, routing {stage.routing}"
+    lengths = _mean_tokens(config, max_positions)
+    total = drawable(config.data.sampling, sizes)
+    for stage in plan_stages(config.trainer, dict.fromkeys(config.trainer.stages, total), aux_losses=config.aux_loss):
+        samples = stage.steps * config.trainer.batch_size
+        plan = SamplePlan(
+            sizes, config.data.sampling, seed=config.seed, stage=stage.name, total=samples, examples=stage.examples
         )
-    return sizes, stages
+        console.print(
+            f"  {stage.name}: {stage.steps:,} steps x {config.trainer.batch_size} examples,"
+            f" trains {' and '.join(stage.train)}, routing {stage.routing}"
+        )
+        for task, drawn in plan.counts(samples).items():
+            tokens = f", about {drawn * lengths[task]:,.0f} tokens" if task in lengths else ""
+            console.print(f"    {task:<16}{drawn:>9,} examples ({drawn / sizes[task]:.2f} passes){tokens}")
+    if not lengths:
+        console.print("    tokens: unknown until the tokenizer is here")
+
+
+def _mean_tokens(config: RunConfig, max_positions: int | None) -> dict[str, float]:
+    """Mean tokens per example of each task, from rows at equal distances; empty without the tokenizer's files."""
+    from loramoe_train.data.build import build_mixture
+    from loramoe_train.models import load_tokenizer
+
+    try:
+        tokenizer = load_tokenizer(config.model)
+    except LoramoeError:
+        return {}
+    mixture = build_mixture(config.data, tokenizer, seed=config.seed, max_positions=max_positions, check=False)
+    means = {}
+    for index, task in enumerate(mixture.tasks):
+        count = min(len(task), MEASURED_ROWS)
+        rows = [i * len(task) // count for i in range(count)]
+        means[task.name] = sum(len(mixture.example(index, row)) for row in rows) / count
+    return means
 
 
 def _print_files(console: Any, config: RunConfig, max_positions: int | None) -> None:

@@ -15,7 +15,8 @@ from rich.console import Console
 from loramoe_train.build import RoutedModel, attach, build_aux, plan_sites, read_adapters
 from loramoe_train.data.build import build_mixture, build_validation
 from loramoe_train.data.mixture import Mixture
-from loramoe_train.data.stage import MixtureStage
+from loramoe_train.data.sampling import drawable
+from loramoe_train.data.stage import MixtureStage, check_batch_size
 from loramoe_train.evaluation.harness import compare
 from loramoe_train.evaluation.results import render_table, versions, write_results, write_samples
 from loramoe_train.experts import adapters as adapter_files
@@ -41,6 +42,7 @@ class Prepared:
     mixture: Mixture
     parts: TrainingParts
     stages: tuple[StagePlan, ...]
+    notes: tuple[str, ...]  # how the data was taken
 
 
 def train_run(config: RunConfig, settled: Settled) -> None:
@@ -56,6 +58,7 @@ def train_run(config: RunConfig, settled: Settled) -> None:
     console = Console(stderr=True) if state.is_main_process else None
     _say(console, f"run folder {run_dir}" + (f", continuing {resume.name}" if resume else ""))
 
+    check_batch_size(config.trainer.batch_size, config.trainer.micro_batch_size, state.num_processes)
     with memory_errors("loading the model"):
         ready = prepare(config, settled, device=accelerator.device)
     _describe(console, ready)
@@ -70,6 +73,9 @@ def train_run(config: RunConfig, settled: Settled) -> None:
         resume=resume,
         console=console,
     )
+    for task, cut in ready.mixture.truncated.items():
+        if cut:
+            _say(console, f"note: {cut} examples of {task} were cut to data.max_length={config.data.max_length} tokens")
     if state.is_main_process:
         ready.parts.save_adapter(run_dir)
     accelerator.end_training()
@@ -84,7 +90,7 @@ def prepare(config: RunConfig, settled: Settled, *, device: Any) -> Prepared:
     """Load base and data, put experts beside the base's linears, resolve the stages."""
     tokenizer = load_tokenizer(config.model)
     mixture = build_mixture(config.data, tokenizer, seed=config.seed, max_positions=settled.max_positions)
-    examples = sum(mixture.sizes.values())
+    examples = drawable(config.data.sampling, mixture.sizes)
     stages = plan_stages(config.trainer, dict.fromkeys(config.trainer.stages, examples), aux_losses=config.aux_loss)
     routed = build_routed(config, list(mixture.domain_names), device=device)
     identity = base_identity(config.model)
@@ -106,7 +112,7 @@ def prepare(config: RunConfig, settled: Settled, *, device: Any) -> Prepared:
             num_workers=trainer.num_workers,
         )
 
-    validation, _ = build_validation(config.data, tokenizer, mixture, batch_size=config.trainer.micro_batch_size)
+    validation, notes = build_validation(config.data, tokenizer, mixture, batch_size=config.trainer.micro_batch_size)
     parts = TrainingParts(
         model=routed.model,
         context=routed.context,
@@ -121,7 +127,7 @@ def prepare(config: RunConfig, settled: Settled, *, device: Any) -> Prepared:
     )
     if config.init_from is not None:
         load_adapter(adapter_files.find_adapter(config.init_from, "init_from"), routed, identity, key="init_from")
-    return Prepared(routed, tokenizer, mixture, parts, stages)
+    return Prepared(routed, tokenizer, mixture, parts, stages, (*mixture.notes, *notes))
 
 
 def build_routed(config: RunConfig, domains: Sequence[str], *, device: Any) -> RoutedModel:
@@ -233,7 +239,7 @@ def _describe(console: Console | None, ready: Prepared) -> None:
             console,
             f"{kind}: {sum(p.numel() for p in members.values()):,} parameters at {len(ready.routed.plan)} sites",
         )
-    for note in ready.mixture.notes:
+    for note in ready.notes:
         _say(console, f"note: {note}")
 
 

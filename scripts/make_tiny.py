@@ -2,8 +2,9 @@
 
     python scripts/make_tiny.py                 # everything; the model takes about 25 minutes on two CPU cores
     python scripts/make_tiny.py --data-only     # the rows alone, a second
+    python scripts/make_tiny.py --check         # makes nothing; measures what LoRA adds to the base there
 
-Then `python scripts/check_tiny.py` measures what tuning adds to the base.
+The rows are the same everywhere. The weights are the same for one seed, thread count, machine type and torch build.
 """
 
 from __future__ import annotations
@@ -22,7 +23,13 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=ASSETS, help="folder that gets data/ and model/")
     parser.add_argument("--steps", type=int, default=None, help="pretraining steps; fewer for a trial")
     parser.add_argument("--data-only", action="store_true", help="leave tokenizer and model as they are")
+    parser.add_argument("--check", action="store_true", help="tune the base in --out with plain LoRA, twice, and print the scores")
     options = parser.parse_args()
+    if options.check:
+        from tiny import check
+
+        check.check(options.out)
+        return
 
     corpus.write_rows(options.out / "data")
     if not options.data_only:

@@ -4,7 +4,7 @@ from hydra import compose, initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
 from omegaconf import OmegaConf
 
-from loramoe_train.cli import register
+from loramoe_train.cli import normalised, register
 from loramoe_train.data.definitions import load_definitions
 from loramoe_train.paths import CONFIGS
 from loramoe_train.schema.run import RunConfig
@@ -16,6 +16,6 @@ def composed(*overrides: str) -> RunConfig:
     register()
     GlobalHydra.instance().clear()
     with initialize_config_dir(str(CONFIGS), version_base="1.3"):
-        values = OmegaConf.to_container(compose("train", list(overrides)), resolve=True, throw_on_missing=True)
+        values = OmegaConf.to_container(compose("train", normalised(overrides)), resolve=True, throw_on_missing=True)
     values["data"]["definitions"] = load_definitions(values["data"]["tasks"], [CONFIGS / "data" / "task"])
     return validate(values)

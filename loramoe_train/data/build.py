@@ -79,7 +79,7 @@ def task_rows(config: DataConfig, name: str, split: Split) -> tuple[Selected, Sp
             kept = _held_out(rows, config)
             rows = rows.select(range(len(rows) - kept))
             notes = [f"{name} has no validation split: the last {kept} of its train rows are held out for it"]
-        return _first(rows, config.max_examples), "train", notes
+        return _limited(rows, config, name), "train", notes
     if split == "validation":
         if config.validation_examples == 0:
             return Selected(_Nothing(), []), "validation", []
@@ -89,8 +89,8 @@ def task_rows(config: DataConfig, name: str, split: Split) -> tuple[Selected, Sp
             notes = [f"{name} has no validation split: measured on the last {kept} of its train rows"]
             return rows.select(range(len(rows) - kept, len(rows))), "train", notes
         rows = open_rows(name, source, "validation", config.root)
-        return _spread(_first(rows, config.max_examples), config.validation_examples), "validation", []
-    return _first(open_rows(name, source, split, config.root), config.max_examples), split, []
+        return _spread(_limited(rows, config, name), config.validation_examples), "validation", []
+    return _limited(open_rows(name, source, split, config.root), config, name), split, []
 
 
 def _held_out(rows: Selected, config: DataConfig) -> int:
@@ -98,8 +98,11 @@ def _held_out(rows: Selected, config: DataConfig) -> int:
     return min(config.validation_examples, len(rows) // 10)
 
 
-def _first(rows: Selected, limit: int | None) -> Selected:
-    return rows if limit is None else rows.select(range(min(limit, len(rows))))
+def _limited(rows: Selected, config: DataConfig, task: str) -> Selected:
+    """At most `max_examples` rows, at equal distances."""
+    limits = config.max_examples
+    limit = limits.get(task) if isinstance(limits, dict) else limits
+    return rows if limit is None else _spread(rows, limit)
 
 
 def _spread(rows: Selected, count: int) -> Selected:

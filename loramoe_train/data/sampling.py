@@ -108,6 +108,12 @@ def _fraction(value: object, key: str) -> Fraction:
     return Fraction(repr(value))
 
 
+def drawable(sampling: SamplingConfig, sizes: Mapping[str, int]) -> int:
+    """Rows of the tasks that are drawn at all: one pass over the mixture."""
+    drawn = [any(weights[task] for _, weights in shares(sampling, sizes)) for task in range(len(sizes))]
+    return sum(size for size, used in zip(sizes.values(), drawn, strict=True) if used)
+
+
 def seeded_order(n: int, *key: object) -> np.ndarray:
     """A permutation of range(n) that depends on the key alone, (n,) int64.
 

@@ -74,7 +74,7 @@ def coloured(example: Example, tokenizer: Any, *, ids: bool) -> Text:
 
 def length_table(mixture: Mixture) -> Table:
     """Token lengths per task, over at most MEASURED rows of each."""
-    columns = ("task", "rows", "measured", "mean", "median", "p95", "max", "supervised", "truncated")
+    columns = ("task", "rows", "measured", "mean", "median", "p95", "max", "loss", "truncated")
     table = _table("tokens per example", columns)
     for task, data in enumerate(mixture.tasks):
         measured = min(len(data), MEASURED)

@@ -186,14 +186,14 @@ def _open_hub(task: str, source: SourceConfig, split: str) -> Rows:
 
     name = source.hub if source.config is None else f"{source.hub}/{source.config}"
     hub_split = source.splits[split]  # type: ignore[index]
+    wanted = source.files.get(split, f"{task}/{split}.jsonl")  # type: ignore[call-overload]
     try:
         dataset = _quietly(load_dataset, source.hub, source.config, split=hub_split)
     except (DatasetNotFoundError, OSError) as error:  # ConnectionError, FileNotFoundError and offline mode are OSErrors
         raise MissingFileError(
             f"data set {name}, split {hub_split} (task {task}) is not in the local cache and could not be fetched "
             f"({_first_line(error)}); on a machine with network run "
-            f"`hf download --repo-type dataset {source.hub}` (offline=false), or set data.root to a "
-            f"folder with {source.files.get(split, f'{task}/{split}.jsonl')}"  # type: ignore[call-overload]
+            f"`{_fetch_command(source)}`, or set data.root to a folder with {wanted}"
         ) from error
     except (ValueError, RuntimeError) as error:  # unknown configuration or split, or a data set that is a script
         key = f"data.definitions.{task}.source"
@@ -203,6 +203,12 @@ def _open_hub(task: str, source: SourceConfig, split: str) -> Rows:
             f"data set {name} (task {task}) cannot be read ({_first_line(error.__cause__ or error)})"
         ) from error
     return ArrowRows(dataset, f"{name}:{hub_split}")
+
+
+def _fetch_command(source: SourceConfig) -> str:
+    # not `hf download`: offline, `datasets` looks for what it has prepared itself, not for downloaded files
+    arguments = ", ".join(repr(part) for part in (source.hub, source.config) if part is not None)
+    return f'python -c "from datasets import load_dataset; load_dataset({arguments})"'
 
 
 def _quietly(call: Any, *arguments: Any, **options: Any) -> Any:

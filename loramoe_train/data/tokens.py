@@ -98,7 +98,8 @@ class Encoder:
         return ids, supervised
 
     def _plain(self, text: str) -> list[int]:
-        return self._tokenizer.encode(text, add_special_tokens=False)
+        # not verbose: a text that is too long is cut and counted here, transformers need not warn about it
+        return self._tokenizer.encode(text, add_special_tokens=False, verbose=False)
 
     def _continue(self, before: str, context: list[int], text: str) -> tuple[list[int], list[int]]:
         """(the tokens that `text` adds after `before`, the tokens of both encoded together)."""

@@ -8,7 +8,7 @@ from pathlib import Path
 from loramoe_train.errors import ConfigError, MissingFileError
 from loramoe_train.evaluation import sandbox
 from loramoe_train.evaluation.rows import IN_PACKAGE, data_folder, find_file, read_rows
-from loramoe_train.evaluation.tasks import Benchmark, load_benchmark
+from loramoe_train.evaluation.tasks import Benchmark, HubData, load_benchmark
 from loramoe_train.schema.evaluation import EvalConfig
 
 NO_CODE = "runs model-written code; allow that with eval.allow_code_execution=true"
@@ -57,7 +57,7 @@ def check_benchmarks(
             continue
         num_fewshot = benchmark.num_fewshot(config.num_fewshot)
         new_tokens = benchmark.new_tokens(config.max_new_tokens)
-        _check_length(name, new_tokens, length)
+        check_length(name, new_tokens, length)
         files = _find_files(benchmark, data_root, num_fewshot)
         if files is not None:
             _check_files(benchmark, files, num_fewshot)
@@ -73,7 +73,8 @@ def _max_length(config: EvalConfig, max_positions: int | None) -> int | None:
     return config.max_length or max_positions
 
 
-def _check_length(name: str, new_tokens: int, length: int | None) -> None:
+def check_length(name: str, new_tokens: int, length: int | None) -> None:
+    """Refuse a generation that leaves no room for a prompt. Lengths in tokens."""
     if length is not None and new_tokens >= length:
         raise ConfigError(
             f"{name} generates up to {new_tokens} tokens, but the model holds {length} with the prompt; "
@@ -92,9 +93,8 @@ def _find_files(benchmark: Benchmark, data_root: str | None, num_fewshot: int) -
     for split in _splits(benchmark, num_fewshot):
         path = find_file(folder, benchmark.files[split])
         if path is None:
-            raise MissingFileError(
-                f"{benchmark.name}: {folder / benchmark.files[split]} is not there; {_cure(benchmark)}"
-            )
+            wanted = folder / benchmark.files[split]
+            raise MissingFileError(f"{benchmark.name}: {wanted} is not there; {_cure(benchmark, split, wanted)}")
         files[split] = path
     return files
 
@@ -107,25 +107,35 @@ def _splits(benchmark: Benchmark, num_fewshot: int) -> list[str]:
     return needed
 
 
-def _cure(benchmark: Benchmark) -> str:
+def _cure(benchmark: Benchmark, split: str, wanted: Path) -> str:
     if benchmark.embedded:
-        return f"it ships with the package: data.root={IN_PACKAGE}{benchmark.embedded}"
-    return (
-        f"put the rows of {benchmark.hub} there as JSON lines ({', '.join(benchmark.columns)}), "
-        f"or set data.root=null and run: {download_command(benchmark)}"
-    )
+        return f"its rows ship with the package: data.root={IN_PACKAGE}{benchmark.embedded}"
+    source = benchmark.same_columns or benchmark.hub
+    assert source is not None
+    plain = str(wanted).removesuffix(".gz")
+    command = _python(source, f", split={split!r}).to_json({plain!r})")
+    return f"set data.root=null to use the hub, or fetch it with: {command}"
 
 
-def download_command(benchmark: Benchmark) -> str:
-    """The shell command that puts the hub's data set into the local cache."""
-    return f"hf download --repo-type dataset {benchmark.hub}"
+def fetch_command(benchmark: Benchmark) -> str:
+    """The shell command that puts the data set where an offline run finds it.
+
+    Not `hf download`: offline, datasets 5.2 looks only into its own cache of prepared data sets (as its load.py says).
+    """
+    assert benchmark.hub is not None
+    return _python(benchmark.hub, ")")
+
+
+def _python(source: HubData, rest: str) -> str:
+    arguments = ", ".join(repr(value) for value in (source.name, source.config) if value)
+    return f'python -c "from datasets import load_dataset; load_dataset({arguments}{rest}"'
 
 
 def _check_hub(benchmark: Benchmark) -> None:
-    if is_offline() and not _in_cache(str(benchmark.hub)):
+    if is_offline() and not _in_cache(benchmark):
         raise MissingFileError(
-            f"{benchmark.name} needs the data set {benchmark.hub}; this run is offline and the cache has no copy; "
-            f"set data.root to local files, or run where there is a network: {download_command(benchmark)}"
+            f"{benchmark.name}: this run is offline and its data set is not in the local cache; set data.root to a "
+            f"folder of local files, or run where there is a network: {fetch_command(benchmark)}"
         )
 
 
@@ -135,15 +145,12 @@ def is_offline() -> bool:
     return any(os.environ.get(name, "").upper() in {"1", "ON", "YES", "TRUE"} for name in switches)
 
 
-def _in_cache(hub: str) -> bool:
-    """Whether a copy of the data set lies in the caches of huggingface_hub or datasets (their documented places)."""
-    home = Path(
-        os.environ.get("HF_HOME", Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")) / "huggingface")
-    ).expanduser()
-    hub_cache = Path(os.environ.get("HF_HUB_CACHE", home / "hub")).expanduser()
-    datasets_cache = Path(os.environ.get("HF_DATASETS_CACHE", home / "datasets")).expanduser()
-    places = (hub_cache / f"datasets--{hub.replace('/', '--')}", datasets_cache / hub.replace("/", "___"))
-    return any(place.is_dir() for place in places)
+def _in_cache(benchmark: Benchmark) -> bool:
+    """Whether the datasets library has prepared the data set before (in the place that it documents)."""
+    assert benchmark.hub is not None
+    home = os.environ.get("HF_HOME", os.path.join(os.environ.get("XDG_CACHE_HOME", "~/.cache"), "huggingface"))
+    prepared = Path(os.environ.get("HF_DATASETS_CACHE", os.path.join(home, "datasets"))).expanduser()
+    return (prepared / benchmark.hub.name.replace("/", "___")).is_dir()
 
 
 def _check_files(benchmark: Benchmark, files: dict[str, Path], num_fewshot: int) -> None:

@@ -1,6 +1,7 @@
 """From a planned benchmark to the dict that lm-eval builds a task from; plain data and callables, no lm-eval here."""
 
 from collections.abc import Callable, Mapping
+from copy import deepcopy
 from typing import Any
 
 from loramoe_train.evaluation import sandbox
@@ -12,7 +13,8 @@ from loramoe_train.evaluation.rows import read_rows
 def settings(planned: Planned) -> dict[str, Any]:
     """What this run decides about a task, whether its definition is ours or the stock one."""
     benchmark = planned.benchmark
-    decided: dict[str, Any] = {"num_fewshot": planned.num_fewshot, "metric_list": benchmark.task["metric_list"]}
+    metrics = deepcopy(benchmark.task["metric_list"])  # lm-eval changes what it is given
+    decided: dict[str, Any] = {"num_fewshot": planned.num_fewshot, "metric_list": metrics}
     if benchmark.generates:
         decided["generation_kwargs"] = {**benchmark.task["generation_kwargs"], "max_gen_toks": planned.new_tokens}
     if benchmark.executes_code:
@@ -26,7 +28,7 @@ def local_definition(planned: Planned) -> dict[str, Any]:
     benchmark = planned.benchmark
     # lm-eval reads every split that a definition names, and some local sets lack those that this run does not need
     unused = {key for key in benchmark.task if key.endswith("_split") and benchmark.task[key] not in planned.files}
-    task = {key: value for key, value in benchmark.task.items() if key not in unused}
+    task = {key: deepcopy(value) for key, value in benchmark.task.items() if key not in unused}
     rows = {split: read_rows(path, benchmark.columns) for split, path in planned.files.items()}
     return {**task, **settings(planned), "task": benchmark.name, "custom_dataset": _in_memory(rows)}
 
@@ -34,7 +36,9 @@ def local_definition(planned: Planned) -> dict[str, Any]:
 def hub_definition(planned: Planned) -> dict[str, Any]:
     """Our definition on the hub's data set, for the one task whose stock file cannot be used."""
     benchmark = planned.benchmark
-    return {**benchmark.task, **settings(planned), "task": benchmark.name, "dataset_path": benchmark.hub}
+    assert benchmark.hub is not None
+    data = {"dataset_path": benchmark.hub.name, "dataset_name": benchmark.hub.config}
+    return {**deepcopy(benchmark.task), **settings(planned), **data, "task": benchmark.name}
 
 
 def stock_definition(planned: Planned) -> dict[str, Any]:

@@ -8,11 +8,10 @@ import gc
 import logging
 import random
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any
-from unittest import mock
 
 import lm_eval.api.task
 import lm_eval.tasks
@@ -24,7 +23,7 @@ from torch import nn
 
 from loramoe_train.errors import ConfigError, DataError, MissingFileError, OutOfMemoryError
 from loramoe_train.evaluation import definitions
-from loramoe_train.evaluation.check import Planned, Selection, check_benchmarks, download_command
+from loramoe_train.evaluation.check import Planned, Selection, check_benchmarks, check_length, fetch_command
 from loramoe_train.evaluation.comparison import paired_score
 from loramoe_train.evaluation.samples import tidy_samples
 from loramoe_train.evaluation.state import max_positions, preserved
@@ -86,23 +85,23 @@ def compare(
 
     Args:
         base_mode: makes a context manager in which the model behaves as its base; None: no base scores.
-        on_result: gets each result as soon as it is there, for example to store its samples.
+        on_result: gets each result as soon as it is there, on every process; for example to store its samples.
 
     Returns:
         `{"scores": {NAME: entry}, "skipped": {NAME: reason}}`, with the entries of `comparison.paired_score`; their
         base parts are None without `base_mode` or with `config.base` false.
     """
+    tell = on_result or (lambda side, result: None)
     with _session(model, tokenizer, benchmarks, config, data_root, seed, progress, accelerator) as session:
         scores = {}
         for planned in session.selection.planned:
-            sides: dict[Side, BenchmarkResult] = {"tuned": session.run(planned, "tuned")}
+            tuned, base = session.run(planned, "tuned"), None
+            tell("tuned", tuned)
             if config.base and base_mode is not None:
                 with base_mode():
-                    sides["base"] = session.run(planned, "base")
-            if on_result is not None:
-                for side, result in sides.items():
-                    on_result(side, result)
-            scores[planned.benchmark.name] = paired_score(sides["tuned"], sides.get("base"))
+                    base = session.run(planned, "base")
+                tell("base", base)
+            scores[planned.benchmark.name] = paired_score(tuned, base)
         return {"scores": scores, "skipped": session.selection.skipped}
 
 
@@ -132,6 +131,8 @@ def _session(
         np.random.seed(seed % 2**32)
         torch.manual_seed(seed)
         lm = _InMemoryModel(core, tokenizer, config, accelerator if processes > 1 else None, progress)
+        for planned in selection.planned:  # again, for models whose config declares no positions
+            check_length(planned.benchmark.name, planned.new_tokens, lm.max_length)
         yield _Session(lm, config, selection)
 
 
@@ -163,19 +164,18 @@ class _Session:
             )
         truncated = self.lm.truncated_everywhere()
         if truncated and self.lm.rank == 0:
-            log.warning(
-                "%s (%s): %d prompts were longer than the %d tokens that fit and lost their beginning",
-                *(name, side, truncated, self.lm.max_length),
-            )
+            cut = f"{truncated} prompts do not fit into {self.lm.max_length} tokens and lost their start"
+            log.warning(f"{name} ({side}): {cut}")
         seconds = time.monotonic() - started
-        return self.lm.share(_result(planned, raw, truncated, seconds) if raw is not None else None)
+        result = _result(planned, raw, task.config.repeats, truncated, seconds) if raw is not None else None
+        return self.lm.share(result)
 
 
-def _result(planned: Planned, raw: Mapping[str, Any], truncated: int, seconds: float) -> BenchmarkResult:
+def _result(planned: Planned, raw: Mapping[str, Any], repeats: int, truncated: int, seconds: float) -> BenchmarkResult:
     name, headline = planned.benchmark.name, planned.benchmark.headline
     found = {key: value for key, value in raw["results"][name].items() if "," in key}
     metrics = {key: float(value) for key, value in found.items() if not key.split(",")[0].endswith("_stderr")}
-    samples = tidy_samples(raw["samples"][name])
+    samples = tidy_samples(raw["samples"][name], repeats)
     errors = {key: standard_error([sample["metrics"][key] for sample in samples], key.split(",")[0]) for key in metrics}
     return BenchmarkResult(
         name=name,
@@ -213,8 +213,8 @@ def build_task(planned: Planned) -> Any:
     except (OSError, ValueError) as error:  # what datasets raises for a hub that is out of reach or a name not cached
         reason = " ".join(str(error).split())[:200]
         raise MissingFileError(
-            f"{benchmark.name}: the data set {benchmark.hub} could not be loaded ({reason}); "
-            f"fetch it with: {download_command(benchmark)}, or point data.root at local files"
+            f"{benchmark.name}: its data set could not be loaded ({reason}); set data.root to a folder of local files, "
+            f"or run where there is a network: {fetch_command(benchmark)}"
         ) from None
 
 
@@ -255,6 +255,7 @@ class _InMemoryModel(HFLM):
         self._batch_sizes = config.batch_size, config.generation_batch_size
         self._progress = progress
         self._name, self._side, self._done, self._total, self._truncated = "", "tuned", 0, 0, 0
+        self._distinct: Iterable[int] = ()
         self.set_cache_hook(self)  # lm-eval tells its cache about each finished request; we want to know no more
         if accelerator is not None:
             self.accelerator = accelerator
@@ -271,13 +272,16 @@ class _InMemoryModel(HFLM):
 
     def _begin(self, requests: Sequence[Any], batch_size: int) -> None:
         self._done, self._total, self.batch_size_per_gpu = 0, len(requests), batch_size
+        # with several processes lm-eval evens their shares out by asking the last request of a share again
+        self._distinct = {id(request): index for index, request in reversed(list(enumerate(requests)))}.values()
 
     def loglikelihood(self, requests: list[Any], disable_tqdm: bool = False) -> list[tuple[float, bool]]:
         self._begin(requests, self._batch_sizes[0])
         return super().loglikelihood(requests, disable_tqdm=True)
 
     def _loglikelihood_tokens(self, requests: list[Any], *args: Any, **kwargs: Any) -> list[tuple[float, bool]]:
-        for _, context, continuation in requests:
+        for index in self._distinct:
+            _, context, continuation = requests[index]
             if len(continuation) > self.max_length:
                 raise DataError(
                     f"{self._name}: an answer of {len(continuation)} tokens is longer than the {self.max_length} "
@@ -289,8 +293,8 @@ class _InMemoryModel(HFLM):
 
     def generate_until(self, requests: list[Any], disable_tqdm: bool = False) -> list[str]:
         self._begin(requests, self._batch_sizes[1])
-        for request in requests:
-            prompt, settings = request.args
+        for index in self._distinct:
+            prompt, settings = requests[index].args
             self._truncated += len(self.tok_encode(prompt)) > self.max_length - settings["max_gen_toks"]
         return super().generate_until(requests, disable_tqdm=True)
 
@@ -312,13 +316,14 @@ def _quiet() -> Iterator[None]:
     """No warnings about in-memory models, no progress bar per task: the caller has its own."""
     loggers = [logging.getLogger(name) for name in ("lm_eval", "transformers.generation")]
     levels = [logger.level for logger in loggers]
-    for logger in loggers:
-        logger.setLevel(logging.ERROR)
+    bar = lm_eval.api.task.tqdm  # the one bar that has no switch
     try:
-        # the one bar that has no switch
-        with mock.patch.object(lm_eval.api.task, "tqdm", lambda docs, **_: docs, create=True):
-            yield
+        for logger in loggers:
+            logger.setLevel(logging.ERROR)
+        lm_eval.api.task.tqdm = lambda docs, **_: docs
+        yield
     finally:
+        lm_eval.api.task.tqdm = bar
         for logger, level in zip(loggers, levels, strict=True):
             logger.setLevel(level)
 

@@ -6,8 +6,8 @@ from typing import Any
 import numpy as np
 
 
-def tidy_samples(raw: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """Records by document, in order.
+def tidy_samples(raw: Iterable[Mapping[str, Any]], repeats: int = 1) -> list[dict[str, Any]]:
+    """Records by document, in order. `repeats`: responses asked for per request.
 
     Each holds `doc_id`, `doc`, `prompt` (text, or one per choice where the choices are in the prompt), `target`, what
     the model answered (`continuations` with `log_likelihoods` and `greedy`, or `responses`), `filtered` by filter,
@@ -15,14 +15,14 @@ def tidy_samples(raw: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
     """
     records: dict[int, dict[str, Any]] = {}
     for entry in raw:
-        record = records.setdefault(entry["doc_id"], _first(entry))
+        record = records.setdefault(entry["doc_id"], _first(entry, repeats))
         record["filtered"][entry["filter"]] = _plain(entry["filtered_resps"])
         for metric in entry["metrics"]:
             record["metrics"][f"{metric},{entry['filter']}"] = _plain(entry[metric])
     return [records[doc_id] for doc_id in sorted(records)]
 
 
-def _first(entry: Mapping[str, Any]) -> dict[str, Any]:
+def _first(entry: Mapping[str, Any], repeats: int) -> dict[str, Any]:
     arguments = [list(argument) for argument in entry["arguments"]]
     prompts = list(dict.fromkeys(argument[0] for argument in arguments))
     record = {
@@ -39,7 +39,8 @@ def _first(entry: Mapping[str, Any]) -> dict[str, Any]:
             "greedy": [bool(response[1]) for response in responses],
         }
     else:
-        record["responses"] = _plain(entry["resps"][0])
+        # with several processes lm-eval evens their shares out by asking the last request of a share again
+        record["responses"] = _plain(entry["resps"][0][:repeats])
     return {**record, "filtered": {}, "metrics": {}, "prompt_hash": entry["prompt_hash"]}
 
 

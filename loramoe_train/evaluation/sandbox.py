@@ -187,14 +187,16 @@ def _levels(allow_weak: bool) -> list[Level]:
     return levels
 
 
+# must do no harm where nothing holds: only the marker is written, the user's own places are asked about
 PROBE = """
 import os
-def refused(path):
-    try:
-        open(path, "w")
-    except OSError:
-        return True
-assert all(refused(path) for path in {markers!r}), "a file outside could be written"
+try:
+    open({marker!r}, "w").close()
+except OSError:
+    pass
+else:
+    raise AssertionError("a file outside could be written")
+assert not any(os.access(place, os.W_OK) for place in {places!r}), "the user's folders are open"
 assert {weak} or os.readlink("/proc/self/ns/net") != {network!r}, "the network is shared"
 assert os.geteuid() != 0, "still root"
 import json, typing, math, collections, re
@@ -206,9 +208,9 @@ def _probe(sandbox: Sandbox) -> str | None:
     with tempfile.TemporaryDirectory(prefix="probe-") as folder:
         marker = Path(folder, "marker")
         marker.write_text("untouched")
-        markers = [str(marker), os.path.expanduser("~/.loramoe-probe"), "/usr/probe", str(CHILD)]
+        places = [os.path.expanduser("~"), os.getcwd(), str(CHILD.parent), "/usr"]
         network = os.readlink("/proc/self/ns/net")
-        program = PROBE.format(markers=markers, weak=sandbox.level == "user", network=network)
+        program = PROBE.format(marker=str(marker), places=places, weak=sandbox.level == "user", network=network)
         try:
             outcome = sandbox.run(program)
         except OSError as error:

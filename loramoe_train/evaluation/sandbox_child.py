@@ -12,8 +12,8 @@ import resource
 import sys
 import traceback
 
-settings_line, _, program = sys.stdin.buffer.read().decode("utf-8", "replace").partition("\n")
-settings = json.loads(settings_line)
+settings = json.loads(sys.stdin.buffer.readline())
+program = sys.stdin.buffer.read().decode("utf-8", "replace")
 
 
 def seal_files(interpreter: str) -> None:
@@ -77,14 +77,20 @@ def block_network() -> None:
         sys.modules[name] = None  # type: ignore[assignment]
 
 
-drop_rights()
-if settings["block_modules"]:
-    block_network()
-try:
-    exec(compile(program, "<candidate>", "exec"), {"__name__": "candidate"})
-except BaseException as failure:  # SystemExit too: leaving early is not passing
-    sys.stderr.write("\n" + traceback.format_exception_only(failure)[-1])
-    sys.stderr.flush()
-    os._exit(1)
-os.write(settings["result"], settings["secret"].encode())
-os._exit(0)  # threads and exit handlers of the program get no more time
+def run() -> None:
+    # out of reach of `import __main__`: a program that wants it has to walk the frames
+    result, secret = settings["result"], settings.pop("secret").encode()
+    drop_rights()
+    if settings["block_modules"]:
+        block_network()
+    try:
+        exec(compile(program, "<candidate>", "exec"), {"__name__": "candidate"})
+    except BaseException as failure:  # SystemExit too: leaving early is not passing
+        sys.stderr.write("\n" + traceback.format_exception_only(failure)[-1])
+        sys.stderr.flush()
+        os._exit(1)
+    os.write(result, secret)
+    os._exit(0)  # threads and exit handlers of the program get no more time
+
+
+run()

@@ -43,9 +43,12 @@ class ExpertBank(nn.Module):
         self.down = nn.Parameter(torch.empty(total, d_in, device=device, dtype=torch.float32))
         self.up = nn.Parameter(torch.zeros(d_out, total, device=device, dtype=torch.float32))
         self.dropout = nn.Dropout(dropout)
-        expert_of_column = torch.repeat_interleave(torch.arange(len(ranks)), torch.tensor(ranks))
+        expert_of_column = torch.tensor(
+            [expert for expert, rank in enumerate(ranks) for _ in range(rank)], dtype=torch.long
+        )
         self.register_buffer("expert_R", expert_of_column.to(device), persistent=False)
-        self.register_buffer("scale_R", torch.tensor(scales)[expert_of_column].to(device), persistent=False)
+        scale_of_column = torch.tensor([scale for scale, rank in zip(scales, ranks, strict=True) for _ in range(rank)])
+        self.register_buffer("scale_R", scale_of_column.to(device), persistent=False)
         if self.down.device.type != "meta":
             bound = 1.0 / math.sqrt(d_in)  # kaiming_uniform with a = sqrt(5)
             with torch.no_grad():

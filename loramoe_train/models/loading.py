@@ -57,14 +57,20 @@ def load_model(config: ModelConfig, *, device: torch.device | str | None = None)
     return model.eval()
 
 
-def meta_model(config: ModelConfig) -> nn.Module:
-    """The whole model on the meta device, in `config.dtype`, for plans: shapes and names, no weight and no memory."""
+def meta_model(config: ModelConfig, *, device: str = "meta") -> nn.Module:
+    """The whole model on the meta device, in `config.dtype`, for plans: shapes and names, no weight and no memory.
+
+    `device="cpu"` is for use under a fake-tensor mode, which runs operations that the meta device lacks.
+    """
     from transformers import AutoConfig, AutoModelForCausalLM
 
     facts = read_architecture(config)
     _check_model_type(config, facts)
-    with _one_line(config, config.path or config.name), torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**_buildable(facts)), dtype=_dtype(config))
+    attention = {"attn_implementation": config.attention} if _has_attention(facts) else {}
+    with _one_line(config, config.path or config.name), torch.device(device):
+        model = AutoModelForCausalLM.from_config(
+            AutoConfig.for_model(**_buildable(facts)), dtype=_dtype(config), **attention
+        )
     return model.requires_grad_(False).eval()
 
 

@@ -4,6 +4,7 @@ from typing import Any, Literal
 
 from pydantic import Field, model_validator
 
+from loramoe_train.errors import nearest
 from loramoe_train.schema.base import Strict
 
 Split = Literal["train", "validation", "test"]
@@ -50,7 +51,7 @@ class DataConfig(Strict):
     definitions: dict[str, TaskConfig] = Field(default_factory=dict)  # filled from the task files; or given inline
     sampling: SamplingConfig = Field(default_factory=SamplingConfig)
     max_length: int = Field(default=1024, gt=1)  # tokens per example
-    max_examples: int | None = Field(default=None, gt=0)  # per task and split; null: all
+    max_examples: int | dict[str, int] | None = None  # per split of every task, or of the named ones; null: all
     validation_examples: int = Field(default=64, ge=0)  # per task, for the evaluation loss during training
     supervise: Literal["answer", "all"] = "answer"  # which tokens carry loss
     packing: bool = False  # several examples in one row, isolated from each other
@@ -59,6 +60,14 @@ class DataConfig(Strict):
     def _tasks_are_named_once(self) -> "DataConfig":
         if not self.tasks:
             raise ValueError("is empty; name at least one task")
+        caps = self.max_examples if isinstance(self.max_examples, dict) else {"": self.max_examples}
+        if any(cap is not None and cap < 1 for cap in caps.values()):
+            raise ValueError(f"max_examples={self.max_examples}: at least 1")
+        for name in caps:
+            if name and name not in self.tasks:
+                raise ValueError(
+                    f"max_examples names '{name}', which is not among the tasks{nearest(name, self.tasks)}"
+                )
         twice = {name for name in self.tasks if self.tasks.count(name) > 1}
         if twice:
             raise ValueError(f"tasks names {sorted(twice)} more than once")

@@ -10,8 +10,8 @@ from loramoe_train.schema.base import Strict
 class SuggestConfig(Strict):
     """Sizes that suit this model; `${oc.select:model.suggest.X,DEFAULT}` in other groups and recipes picks them up.
 
-    A paper's rank or learning rate for a 7B model is of no use on one of a few million parameters, and a recipe must not
-    fix the model. A key given on the command line wins as always.
+    A paper's rank or learning rate for a 7B model is of no use on one of a few million parameters, and a recipe must
+    not fix the model. A key given on the command line wins as always.
     """
 
     rank: int | None = None

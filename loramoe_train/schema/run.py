@@ -1,6 +1,7 @@
 """`RunConfig`: the whole of a run, as one typed object. Past the CLI nobody sees anything else."""
 
-from typing import Any
+from collections.abc import Iterator
+from typing import Any, get_origin
 
 from pydantic import BaseModel, Field
 
@@ -52,3 +53,12 @@ def defaults(model: type[BaseModel] = RunConfig) -> dict[str, Any]:
             default = field.get_default(call_default_factory=True)
             values[name] = list(default) if isinstance(default, tuple) else default
     return values
+
+
+def free_mappings(model: type[BaseModel] = RunConfig, prefix: str = "") -> Iterator[str]:
+    """Dotted names of the fields whose keys the user chooses, such as `trainer.stages`."""
+    for name, field in model.model_fields.items():
+        if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
+            yield from free_mappings(field.annotation, f"{prefix}{name}.")
+        elif get_origin(field.annotation) is dict or "dict[" in str(field.annotation):
+            yield f"{prefix}{name}"

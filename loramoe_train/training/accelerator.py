@@ -7,6 +7,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+import torch
 from accelerate import Accelerator
 from accelerate.utils import DistributedDataParallelKwargs
 
@@ -23,9 +24,15 @@ def make_accelerator(trainer: TrainerConfig, run_dir: Path, *, cpu: bool = False
     Args:
         cpu: stay on the CPU where there is a GPU.
 
+    `trainer.deterministic` makes torch refuse every operation that has no deterministic implementation, from here on.
+
     Raises:
         ConfigError: a tracker whose package is not installed (accelerate would leave it out without a word).
     """
+    if trainer.deterministic:
+        # cuBLAS reads it when CUDA starts, so before the Accelerator
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        torch.use_deterministic_algorithms(True)
     for name in trainer.trackers:
         if find_spec(name) is None:
             raise ConfigError(f"trainer.trackers names {name}, which is not installed; install loramoe-train[track]")

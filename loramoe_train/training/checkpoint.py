@@ -15,7 +15,6 @@ import os
 import re
 import shutil
 from collections.abc import Callable, Collection, Mapping
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -114,8 +113,7 @@ def _tidy(checkpoints: Path) -> None:
         if current.exists():
             shutil.rmtree(path, ignore_errors=True)
         else:
-            with suppress(FileNotFoundError):  # another rank was faster
-                os.rename(path, current)
+            os.rename(path, current)
     for path in checkpoints.glob("step_*.tmp"):
         shutil.rmtree(path, ignore_errors=True)
 
@@ -148,14 +146,16 @@ def fault(path: Path) -> str | None:
 
 
 def find_latest(run_dir: Path, *, on_skip: Callable[[str], None] = lambda message: None) -> Path | None:
-    """The newest complete checkpoint of a run folder, or None.
+    """The newest complete checkpoint of a run folder, or None. Changes nothing on disk.
 
     Args:
         on_skip: told, by name, about each newer one that is incomplete or corrupted.
     """
     checkpoints = run_dir / FOLDER
-    _tidy(checkpoints)
-    for path in sorted(_folders(checkpoints), key=step_of, reverse=True):
+    folders = _folders(checkpoints)
+    # a crash between the two renames of a replacement; looking must change nothing, the run may be saving right now
+    folders += [path for path in checkpoints.glob("step_*.old") if not path.with_suffix("").exists()]
+    for path in sorted(folders, key=lambda path: step_of(path.with_suffix("")), reverse=True):
         reason = fault(path)
         if reason is None:
             return path

@@ -23,12 +23,12 @@ def seed_everything(seed: int) -> None:
 
 
 def capture() -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """The state of every generator of this process: tensors, and what JSON can hold."""
+    """The state of this process's generators (Python, numpy, torch, its CUDA device): tensors, and what JSON holds."""
     name, keys, position, has_gauss, gauss = np.random.get_state()
     version, internal, next_gauss = random.getstate()
     tensors = {"torch": torch.get_rng_state(), "numpy": torch.from_numpy(keys.astype(np.int64))}
-    for index, state in enumerate(torch.cuda.get_rng_state_all() if torch.cuda.is_available() else ()):
-        tensors[f"cuda_{index}"] = state
+    if torch.cuda.is_initialized():  # this rank's device alone: asking the others would open them, and cost memory
+        tensors["cuda"] = torch.cuda.get_rng_state()
     numbers = {
         "python": [version, list(internal), next_gauss],
         "numpy": [name, int(position), int(has_gauss), float(gauss)],
@@ -37,12 +37,11 @@ def capture() -> tuple[dict[str, Tensor], dict[str, Any]]:
 
 
 def restore(tensors: dict[str, Tensor], numbers: dict[str, Any]) -> None:
-    """Put the generators back where `capture` found them; devices that are not there any more are left out."""
+    """Put the generators back where `capture` found them; a CUDA device that is not in use any more is left out."""
     version, internal, next_gauss = numbers["python"]
     random.setstate((version, tuple(internal), next_gauss))
     name, position, has_gauss, gauss = numbers["numpy"]
     np.random.set_state((name, tensors["numpy"].numpy().astype(np.uint32), position, has_gauss, gauss))
     torch.set_rng_state(tensors["torch"])
-    for index in range(torch.cuda.device_count() if torch.cuda.is_available() else 0):
-        if f"cuda_{index}" in tensors:
-            torch.cuda.set_rng_state(tensors[f"cuda_{index}"], index)
+    if "cuda" in tensors and torch.cuda.is_initialized():
+        torch.cuda.set_rng_state(tensors["cuda"])

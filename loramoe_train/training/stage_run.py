@@ -47,8 +47,9 @@ class StageRun:
             for parameter in members.values():
                 parameter.requires_grad_(group in plan.train)
                 parameter.grad = None
-        # what requires gradient has changed, and a data-parallel wrapper looks only once: make a new one
-        run.accelerator.free_memory()
+        if run.accelerator.num_processes > 1:
+            # what requires gradient has changed, and a data-parallel wrapper looks only once: make a new one
+            run.accelerator.free_memory()
         self.wrapped = run.accelerator.prepare(parts.model)
         parts.model.train()
         with parts.context.override("off"):

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 
+from loramoe_train.errors import DataError
 from loramoe_train.schema.trainer import TrainerConfig
 from loramoe_train.training.loss import LossHead, predicting, targets
 from loramoe_train.training.memory import memory_errors
@@ -40,7 +41,10 @@ def evaluate(
     The model's mode is what it was before, afterwards. `stop_requested` is asked between tasks, on every rank alike.
 
     Returns:
-        None if the evaluation was given up because somebody asked to stop, or if there is nothing to evaluate on.
+        None if the evaluation was given up because somebody asked to stop.
+
+    Raises:
+        DataError: no token of any batch is supervised.
     """
     sums: dict[str, tuple[float, float]] = {}
     training = parts.model.training
@@ -70,7 +74,9 @@ def evaluate(
     finally:
         parts.model.train(training)
     found = losses(sums)
-    return EvalResult(**found) if found["loss"] is not None else None
+    if found["loss"] is None:
+        raise DataError(f"no token of the evaluation carries loss (tasks: {', '.join(sums)}); see data.supervise")
+    return EvalResult(**found)
 
 
 def improves(loss: float, best: float | None, min_delta: float) -> bool:

@@ -23,12 +23,21 @@ COLUMNS = {
     "tiny_grammar": ["sentence", "label", "idx"],
     "tiny_sentiment": ["sentence", "label", "idx"],
 }
-PROMPT_COLUMN = {"tiny_math": "question", "tiny_code": "prompt", "tiny_facts": "question", "tiny_grammar": "sentence", "tiny_sentiment": "sentence"}
+PROMPT_COLUMN = {
+    "tiny_math": "question",
+    "tiny_code": "prompt",
+    "tiny_facts": "question",
+    "tiny_grammar": "sentence",
+    "tiny_sentiment": "sentence",
+}
 ROWS = {"train": 2400, "validation": 100, "test": 200}
 
 
 def read(family: str, split: str) -> list[dict]:
-    return [json.loads(line) for line in (ASSETS / "data" / family / f"{split}.jsonl").read_text(encoding="utf-8").splitlines()]
+    return [
+        json.loads(line)
+        for line in (ASSETS / "data" / family / f"{split}.jsonl").read_text(encoding="utf-8").splitlines()
+    ]
 
 
 def test_everything_together_stays_under_nine_megabytes():
@@ -70,7 +79,11 @@ def test_facts_are_consistent_and_their_letters_balanced(split):
 
 def test_no_fact_is_asked_in_two_splits():
     asked = {split: {tuple(row["id"].split("_")[1:3]) for row in read("tiny_facts", split)} for split in ROWS}
-    assert not asked["train"] & asked["test"] and not asked["train"] & asked["validation"] and not asked["test"] & asked["validation"]
+    assert (
+        not asked["train"] & asked["test"]
+        and not asked["train"] & asked["validation"]
+        and not asked["test"] & asked["validation"]
+    )
 
 
 def test_math_answers_are_right_and_small():
@@ -92,7 +105,9 @@ def test_code_solutions_compile():
 def test_the_scripts_give_the_shipped_rows_byte_for_byte(tmp_path):
     corpus.write_rows(tmp_path)
     made = {path.relative_to(tmp_path): path.read_bytes() for path in tmp_path.rglob("*.jsonl")}
-    shipped = {path.relative_to(ASSETS / "data"): path.read_bytes() for path in (ASSETS / "data").rglob("*") if path.is_file()}
+    shipped = {
+        path.relative_to(ASSETS / "data"): path.read_bytes() for path in (ASSETS / "data").rglob("*") if path.is_file()
+    }
     assert made == shipped
 
 
@@ -122,7 +137,14 @@ def test_tokenizer_round_trip_and_special_tokens(tokenizer):
     assert len(tokenizer(" 12").input_ids) == 3
 
 
-@pytest.mark.parametrize("prompt, answer", [("Question: Why?\nAnswer:", " yes"), ('def f(x):\n    """Return x."""\n', "    return x\n"), ("Answer:", " 3 + 4 = 7\n#### 7")])
+@pytest.mark.parametrize(
+    "prompt, answer",
+    [
+        ("Question: Why?\nAnswer:", " yes"),
+        ('def f(x):\n    """Return x."""\n', "    return x\n"),
+        ("Answer:", " 3 + 4 = 7\n#### 7"),
+    ],
+)
 def test_prompt_and_answer_meet_at_a_token_border(tokenizer, prompt, answer):
     assert tokenizer(prompt).input_ids + tokenizer(answer).input_ids == tokenizer(prompt + answer).input_ids
 
@@ -142,7 +164,9 @@ def test_chat_template_marks_the_answer(tokenizer):
 def test_model_loads_in_float32_and_is_finite(tokenizer):
     torch = pytest.importorskip("torch")
     transformers = pytest.importorskip("transformers")
-    model = transformers.AutoModelForCausalLM.from_pretrained(ASSETS / "model", dtype=torch.float32, local_files_only=True)
+    model = transformers.AutoModelForCausalLM.from_pretrained(
+        ASSETS / "model", dtype=torch.float32, local_files_only=True
+    )
     assert 2_000_000 < sum(weight.numel() for weight in model.parameters()) < 4_000_000
     assert all(weight.isfinite().all() and weight.dtype == torch.float32 for weight in model.parameters())
     assert model.config.num_hidden_layers % 4 == 0 and model.config.max_position_embeddings == 512

@@ -69,8 +69,10 @@ def test_no_validation_wanted(tmp_path, tokenizer):
 
 def test_max_examples(tmp_path, tokenizer):
     config = qa_config(tmp_path, {"one": 40}, max_examples=7, validation_examples=2)
-    assert questions(build_mixture(config, tokenizer)) == [str(i) for i in range(7)]
+    assert questions(build_mixture(config, tokenizer)) == [str(i * 38 // 7) for i in range(7)]
     assert questions(build_mixture(config, tokenizer, split="validation")) == ["38", "39"]
+    config = qa_config(tmp_path, {"one": 40, "two": 40}, max_examples={"two": 7}, validation_examples=0)
+    assert build_mixture(config, tokenizer).sizes == {"one": 40, "two": 7}
 
 
 def test_planning_needs_no_tokenizer(tmp_path):

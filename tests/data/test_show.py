@@ -32,7 +32,7 @@ def test_length_table(tmp_path, tokenizer):
     expected = (np.mean(lengths), np.median(lengths), np.percentile(lengths, 95), max(lengths))
     assert [row[name] for name in ("mean", "median", "p95", "max")] == [f"{number:.0f}" for number in expected]
     assert row["truncated"] == str(mixture.truncated["one"]) and row["truncated"] != "0"
-    assert row["supervised"].endswith("%") and row["measured"] == "40"
+    assert row["loss"].endswith("%") and row["measured"] == "40"
 
 
 def test_sampling_table(tmp_path, tokenizer):

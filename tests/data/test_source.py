@@ -141,7 +141,7 @@ def test_offline_hub_miss_names_the_command():
     with pytest.raises(MissingFileError) as caught:
         rows_of(source)
     message = str(caught.value)
-    assert "org/toy/main, split train" in message and "hf download --repo-type dataset org/toy" in message
+    assert "org/toy/main, split train" in message and "load_dataset('org/toy', 'main')" in message
     assert "data.root" in message and "toy/train.jsonl" in message and "\n" not in message
 
 

@@ -2,6 +2,7 @@
 
 import gzip
 import json
+import shlex
 import subprocess
 import sys
 
@@ -58,7 +59,33 @@ def test_code_that_nothing_can_contain_is_refused(tmp_path, monkeypatch):
 def test_missing_file_names_it_and_the_command(tmp_path):
     message = refused(MissingFileError, ["gsm8k"], tmp_path)
     assert f"{tmp_path / 'gsm8k' / 'test.jsonl'} is not there" in message
-    assert "hf download --repo-type dataset openai/gsm8k" in message
+    assert "load_dataset('openai/gsm8k', 'main', split='test')" in message
+
+
+@pytest.mark.parametrize("name", ["gsm8k", "boolq", "medqa_4options"])
+def test_the_named_command_really_cures_it(tmp_path, monkeypatch, name):
+    """Run what the message says, with the download replaced by rows in memory."""
+    import datasets
+
+    asked = []
+
+    def rows_in_memory(*source: str, split: str) -> datasets.Dataset:
+        asked.append((*source, split))
+        return datasets.Dataset.from_list(LOCAL[name])
+
+    monkeypatch.setattr(datasets, "load_dataset", rows_in_memory)
+    config = {"num_fewshot": 1}
+    for _ in range(2):
+        message = refused(MissingFileError, [name], tmp_path, **config)
+        command = shlex.split(message.split("fetch it with: ")[1])
+        assert command[:2] == ["python", "-c"]
+        exec(command[2], {})
+    (planned,) = check_benchmarks([name], EvalConfig(**config), str(tmp_path)).planned
+    assert len(planned.files) == 2 and [entry[-1] for entry in asked] == [planned.benchmark.split, "train"]
+    source = planned.benchmark.same_columns or planned.benchmark.hub
+    assert {entry[:-1] for entry in asked} == {
+        (source.name,) if source.config is None else (source.name, source.config)
+    }
 
 
 def test_missing_pool_only_matters_with_examples(tmp_path):
@@ -70,7 +97,7 @@ def test_missing_pool_only_matters_with_examples(tmp_path):
 
 def test_embedded_families_ship_with_the_package(tmp_path):
     message = refused(MissingFileError, ["tiny_math"], tmp_path)
-    assert "data.root=package://assets/tiny/data" in message and "hf download" not in message
+    assert "data.root=package://assets/tiny/data" in message and "load_dataset" not in message
 
 
 def test_package_root_and_null_root_find_the_embedded_rows(tmp_path, monkeypatch):
@@ -84,9 +111,10 @@ def test_package_root_and_null_root_find_the_embedded_rows(tmp_path, monkeypatch
 def test_offline_without_local_files(monkeypatch, tmp_path):
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     monkeypatch.setenv("HF_HOME", str(tmp_path))
+    monkeypatch.delenv("HF_DATASETS_CACHE", raising=False)
     message = refused(MissingFileError, ["sst2"], None)
-    assert "nyu-mll/glue" in message and "hf download --repo-type dataset nyu-mll/glue" in message
-    (tmp_path / "hub" / "datasets--nyu-mll--glue").mkdir(parents=True)
+    assert message.endswith("""python -c "from datasets import load_dataset; load_dataset('nyu-mll/glue', 'sst2')\"""")
+    (tmp_path / "datasets" / "nyu-mll___glue").mkdir(parents=True)
     assert check_benchmarks(["sst2"], EvalConfig(), None).planned[0].files is None
 
 

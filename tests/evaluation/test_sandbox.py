@@ -45,7 +45,13 @@ def test_a_right_program_passes_and_a_wrong_one_fails(box):
 
 @pytest.mark.parametrize(
     "program",
-    ["raise SystemExit(0)", "import os; os._exit(0)", "import os; os.kill(os.getpid(), 9)", "import sys; sys.exit()"],
+    [
+        "import __main__, os; os.write(__main__.settings['result'], __main__.settings['secret'].encode()); os._exit(0)",
+        "raise SystemExit(0)",
+        "import os; os._exit(0)",
+        "import os; os.kill(os.getpid(), 9)",
+        "import sys; sys.exit()",
+    ],
 )
 def test_leaving_early_is_not_passing(box, program):
     if "kill" in program and box.level == "namespaces":
@@ -281,6 +287,21 @@ def test_a_level_that_does_not_hold_is_refused(monkeypatch):
             detect()
     finally:
         detect.cache_clear()
+
+
+def test_the_probe_harms_nothing_where_nothing_holds(monkeypatch, tmp_path):
+    """A plain child process of the same user: found out, and no file of the user's is changed or left behind."""
+    home = tmp_path / "home"
+    home.mkdir()
+    (home / "notes").write_text("mine")
+    monkeypatch.setenv("HOME", str(home))
+    monkeypatch.setattr(sandbox, "_bubblewrap", lambda limits: [])
+    monkeypatch.setattr(sandbox, "_interpreter_inside", lambda python: python)
+    monkeypatch.setattr(os, "geteuid", lambda: 1000)  # so that the child keeps the user that runs the tests
+    before = sandbox.CHILD.read_bytes()
+    assert "a file outside could be written" in str(sandbox._probe(Sandbox("bubblewrap", QUICK)))
+    assert [path.name for path in home.iterdir()] == ["notes"] and (home / "notes").read_text() == "mine"
+    assert sandbox.CHILD.read_bytes() == before
 
 
 def test_weak_level_only_when_asked_for(monkeypatch):

@@ -106,7 +106,7 @@ def test_humaneval_twin(tmp_path):
     benchmark = load_benchmark("humaneval")
     for key in ("doc_to_text", "doc_to_target", "generation_kwargs", "num_fewshot", "test_split", "output_type"):
         assert benchmark.task[key] == stock[key], key
-    assert benchmark.hub == stock["dataset_path"]
+    assert benchmark.hub.name == stock["dataset_path"]
     assert benchmark.task["metadata"]["version"] == stock["metadata"]["version"]
     assert [entry["name"] for entry in stock["filter_list"]] == ["create_test"]
     assert stock["metric_list"][0]["k"] == [1] and benchmark.headline == "pass@1,create_test"
@@ -123,13 +123,13 @@ def test_without_local_files_the_stock_definition_is_loaded(name, monkeypatch):
     benchmark, asked = load_benchmark(name), []
 
     def in_memory(task: Any, *_: Any, **__: Any) -> None:
-        asked.append(task.DATASET_PATH)
+        asked.append((task.DATASET_PATH, task.DATASET_NAME))
         rows = [hub_row(name, row) for row in LOCAL[name]]
         task.dataset = dict.fromkeys(("train", "validation", "test"), Dataset.from_list(rows))
 
     monkeypatch.setattr(ConfigurableTask, "download", in_memory)
     task = build_task(Planned(benchmark, None, num_fewshot=0, new_tokens=benchmark.new_tokens(None)))
-    assert asked == [benchmark.hub]
+    assert asked == [(benchmark.hub.name, benchmark.hub.config)]
     assert task.task_name == name and task.get_config("num_fewshot") == 0
     assert benchmark.headline.split(",")[0] in task.aggregation()
     task.build_all_requests()

@@ -91,9 +91,7 @@ def make_router(spec: ExpertSpec, device: torch.device) -> nn.Module:
 def make_bank(spec: ExpertSpec, device: torch.device, *, dropout: float, fresh: bool) -> ExpertBank:
     generator = torch.Generator().manual_seed(7 + len(spec.site.name) + spec.site.layer)
     size = (spec.site.in_features, spec.site.out_features)
-    bank = ExpertBank(
-        *size, ranks=spec.ranks, scales=spec.scales, dropout=dropout, device=device, generator=generator
-    )
+    bank = ExpertBank(*size, ranks=spec.ranks, scales=spec.scales, dropout=dropout, device=device, generator=generator)
     if not fresh:
         with torch.no_grad():
             bank.up.normal_(0.0, 0.1, generator=generator)
@@ -218,6 +216,4 @@ def make_step(parts: TrainingParts, trainer: TrainerConfig, stage: str, run_dir:
     optimizer = build_optimizer(trainer, plan, parts.groups)
     stats = RoutingStats(parts.task_names, accelerator)
     shared = dict(seed=5, run_dir=run_dir, anchors=anchors)
-    return TrainingStep(
-        parts, parts.model, accelerator, trainer, plan, optimizer, head, stats, **{**shared, **options}
-    )
+    return TrainingStep(parts, parts.model, accelerator, trainer, plan, optimizer, head, stats, **{**shared, **options})

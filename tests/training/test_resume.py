@@ -78,9 +78,7 @@ def test_resume_at_every_step(step: int, tmp_path: Path, uninterrupted: tuple) -
 def test_stopped_at_every_step_of_one_run(tmp_path: Path, uninterrupted: tuple) -> None:
     for step in range(6):
         with pytest.raises(SavedOnSignal):
-            train(
-                stopped_at(make_parts(**RUN), step), make_trainer(**TRAINER), tmp_path, resume=find_latest(tmp_path)
-            )
+            train(stopped_at(make_parts(**RUN), step), make_trainer(**TRAINER), tmp_path, resume=find_latest(tmp_path))
     parts = make_parts(**RUN)
     train(parts, make_trainer(**TRAINER), tmp_path, resume=find_latest(tmp_path))
     check_same(tmp_path, weights(parts), uninterrupted)

@@ -213,7 +213,9 @@ def test_packed_rows_equal_separate_ones(tmp_path: Path) -> None:
         parts = [{n: t[0][r.valid[0]] for n, t in vars(r).items() if isinstance(t, Tensor)} for r in rows]
         parts[1]["segment_ids"] = parts[1]["segment_ids"] + 1
         return MixedBatch(
-            **{name: torch.cat([p[name] for p in parts])[None] for name in parts[0]}, example_ids=("a", "b"), packed=True
+            **{name: torch.cat([p[name] for p in parts])[None] for name in parts[0]},
+            example_ids=("a", "b"),
+            packed=True,
         )
 
     results = []
@@ -267,7 +269,9 @@ def test_infinite_gradient_alone(tmp_path: Path) -> None:
 
     parts = make_parts(aux={"steep": AuxTerm("steep", 1.0, "step", Steep())})
     step = make_step(parts, make_trainer(stages={"only": {}}), "only", tmp_path)
-    with pytest.raises(DivergedError, match=r"step 1: gradient norm of the experts is nan, gradient norm of the routers"):
+    with pytest.raises(
+        DivergedError, match=r"step 1: gradient norm of the experts is nan, gradient norm of the routers"
+    ):
         step(0, [make_batch(SAMPLES)])
 
 

@@ -19,18 +19,24 @@ FOLDER = Path(__file__).parent
 DEFAULT_NEW_TOKENS = 256  # lm-eval's own budget for a generation that names none
 
 
-class Benchmark(Strict):
-    """One benchmark. `headline` is lm-eval's "metric,filter" key of THE score; all headlines are higher-is-better."""
+class HubData(Strict):
+    """A data set on the hub."""
 
     name: str
-    headline: str
+    config: str | None = None
+
+
+class Benchmark(Strict):
+    """One benchmark, as its file says. `headline` is lm-eval's "metric,filter" key of THE score; higher is better."""
+
+    name: str  # the file's
+    headline: str = Field(pattern=r"^[^,]+,[^,]+$")
     files: dict[str, str]  # lm-eval's split -> file below data.root
     columns: list[str]  # that every row of the files must have
     task: dict[str, Any]  # lm-eval's task definition, without the data set
-    hub: str | None = None  # data set on the hub
-    stock: str | None = (
-        None  # lm-eval's own definition for that data set, below lm_eval/tasks; null: ours serves it too
-    )
+    hub: HubData | None = None  # the data set that lm-eval's own definition reads
+    same_columns: HubData | None = None  # where that one has other columns than our files: one that has the same
+    stock: str | None = None  # lm-eval's own definition, below lm_eval/tasks; null: ours serves the hub too
     embedded: str | None = None  # folder inside this package that takes the place of a null data.root
     executes_code: bool = False  # the score comes from running what the model wrote
 
@@ -69,19 +75,6 @@ class Benchmark(Strict):
         return int(wanted or self.task["generation_kwargs"].get("max_gen_toks", DEFAULT_NEW_TOKENS))
 
 
-class _File(Strict):
-    """The keys of a benchmark file; the name is the file's."""
-
-    headline: str = Field(pattern=r"^[^,]+,[^,]+$")
-    files: dict[str, str]
-    columns: list[str]
-    task: dict[str, Any]
-    hub: str | None = None
-    stock: str | None = None
-    embedded: str | None = None
-    executes_code: bool = False
-
-
 def known_benchmarks() -> list[str]:
     """Names of all benchmarks, sorted."""
     return sorted(path.stem for path in FOLDER.glob("*.yaml"))
@@ -98,9 +91,8 @@ def load_benchmark(name: str) -> Benchmark:
         raise ConfigError(f"eval.tasks: '{name}' is no known benchmark{nearest(name, known_benchmarks())}")
     path = FOLDER / f"{name}.yaml"
     try:
-        fields = _File.model_validate(yaml.safe_load(path.read_text(encoding="utf-8")))
-        made = Benchmark(name=name, **fields.model_dump())
-    except (yaml.YAMLError, ValidationError) as error:
+        made = Benchmark.model_validate({**yaml.safe_load(path.read_text(encoding="utf-8")), "name": name})
+    except (yaml.YAMLError, ValidationError, TypeError) as error:
         raise ConfigError(f"{path.name} is no valid benchmark definition: {' '.join(str(error).split())}") from None
     missing = {made.split, made.fewshot_split} - {None} - made.files.keys()
     if missing:
