@@ -15,6 +15,7 @@ from loramoe_train.experts.plan import ExpertSpec
 from loramoe_train.models import files_needed, meta_model
 from loramoe_train.routing.context import RoutingContext
 from loramoe_train.schema.run import RunConfig
+from loramoe_train.screen import quiet_libraries, screen
 from loramoe_train.settle import benchmark_names, settle
 from loramoe_train.training.stages import plan_stages
 from loramoe_train.validation import domains_of
@@ -71,13 +72,10 @@ def make_counts(config: RunConfig) -> tuple[Counts, dict[str, ExpertSpec], nn.Mo
 
 def print_plan(config: RunConfig, *, batch: int | None = None, sequence: int | None = None) -> None:
     """Print the plan on stdout. `batch` and `sequence` default to the run's micro-batch and maximal length."""
-    from rich.console import Console
-
     settled = settle(config, check_files=False)
     counts, plan, model, bytes_of_base = make_counts(config)
-    console = Console(soft_wrap=True, highlight=False)
-    if not console.is_terminal:
-        console.width = 140
+    quiet_libraries()
+    console = screen()
     _print_sites(console, config, plan)
     _print_counts(console, counts)
     _print_memory(console, config, counts, model, bytes_of_base, batch, sequence)

@@ -71,16 +71,16 @@ def evaluate_folder(folder: Path, overrides: Sequence[str]) -> None:
     started = time.perf_counter()
     settle(config)
 
-    from rich.console import Console
-
     from loramoe_train.models import load_tokenizer
     from loramoe_train.run import evaluate_routed, finish, rebuild
+    from loramoe_train.screen import quiet_libraries, screen
     from loramoe_train.training.accelerator import make_accelerator
 
+    quiet_libraries()
     out = Path(config.run_dir) if config.run_dir else folder
     accelerator = make_accelerator(config.trainer.model_copy(update={"trackers": []}), out)
     routed = rebuild(config, adapter, manifest, device=accelerator.device)
-    console = Console(stderr=True) if accelerator.is_main_process else None
+    console = screen(stderr=True) if accelerator.is_main_process else None
     outcome = evaluate_routed(config, routed, load_tokenizer(config.model), out, accelerator, console)
     if accelerator.is_main_process:
         outcome["scores"] = {**_earlier_scores(out), **outcome["scores"]}

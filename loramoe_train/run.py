@@ -23,6 +23,7 @@ from loramoe_train.experts import adapters as adapter_files
 from loramoe_train.models import base_identity, check_same_base, load_model, load_tokenizer
 from loramoe_train.rundir import RESULTS, claim, default_run_dir, newest_checkpoint
 from loramoe_train.schema.run import RunConfig
+from loramoe_train.screen import quiet_libraries, screen
 from loramoe_train.settle import Settled, benchmark_names, settle
 from loramoe_train.training.accelerator import make_accelerator, start_trackers
 from loramoe_train.training.loop import fit
@@ -48,6 +49,7 @@ class Prepared:
 def train_run(config: RunConfig, settled: Settled) -> None:
     """Train as configured, then score base and tuned model. Raises LoramoeError with its exit code."""
     started = time.perf_counter()
+    quiet_libraries()
     state = PartialState()
     run_dir = Path(_agreed(config.run_dir or default_run_dir()))
     if state.is_main_process:
@@ -55,7 +57,7 @@ def train_run(config: RunConfig, settled: Settled) -> None:
     state.wait_for_everyone()
     resume = newest_checkpoint(run_dir, config)
     accelerator = make_accelerator(config.trainer, run_dir)
-    console = Console(stderr=True) if state.is_main_process else None
+    console = screen(stderr=True) if state.is_main_process else None
     _say(console, f"run folder {run_dir}" + (f", continuing {resume.name}" if resume else ""))
 
     check_batch_size(config.trainer.batch_size, config.trainer.micro_batch_size, state.num_processes)
@@ -187,7 +189,7 @@ def show_data(config: RunConfig, *, n: int = 2, ids: bool = False) -> None:
 
     settled = settle(config, check_files=False)
     tokenizer = load_tokenizer(config.model)
-    show(config.data, tokenizer, n=n, ids=ids, seed=config.seed, max_positions=settled.max_positions)
+    show(config.data, tokenizer, n=n, ids=ids, console=screen(), seed=config.seed, max_positions=settled.max_positions)
 
 
 def _agreed(value: str) -> str:
@@ -220,7 +222,7 @@ def finish(config: RunConfig, run_dir: Path, outcome: dict[str, Any], seconds: f
         wall_seconds=seconds,
         extra=extra,
     )
-    render_table(results, Console())
+    render_table(results, screen())
     print(f"results: {run_dir / RESULTS}")
 
 

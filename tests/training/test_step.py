@@ -50,7 +50,7 @@ def twin(parts: TrainingParts, pieces: Sequence[Sequence[int]], aux: Sequence[st
     gradients = torch.autograd.grad(total, list(named.values()))
     return {
         "losses": {task: [x.item() for x in losses] for task, losses in by_task.items()},
-        "aux": {name: float(value) for name, value in raw.items()},
+        "aux": {name: value.item() for name, value in raw.items()},
         "gradients": dict(zip(named, gradients, strict=True)),
     }
 
@@ -66,11 +66,8 @@ def piece_loss(parts: TrainingParts, term: AuxTerm, piece: Sequence[int]) -> Ten
     return value
 
 
-@pytest.mark.parametrize("checkpointing", [False, True])
-@pytest.mark.parametrize("micro", [8, 4, 2, 1])
+@pytest.mark.parametrize(("micro", "checkpointing"), [(8, False), (4, False), (2, False), (2, True), (1, False)])
 def test_any_split_equals_one_batch(micro: int, checkpointing: bool, tmp_path: Path) -> None:
-    if checkpointing and micro != 2:
-        pytest.skip("one split is enough")
     parts = double_parts()
     gradients: dict[str, Tensor] = {}
 
