@@ -1,10 +1,9 @@
 """A run on one page: settle, build, train, save, evaluate, write results."""
 
-import json
 import sys
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -55,9 +54,9 @@ def train_run(config: RunConfig, settled: Settled) -> None:
     if state.is_main_process:
         claim(run_dir, config)
     state.wait_for_everyone()
-    resume = newest_checkpoint(run_dir, config)
-    accelerator = make_accelerator(config.trainer, run_dir)
     console = screen(stderr=True) if state.is_main_process else None
+    resume = _agreed(newest_checkpoint(run_dir, config, lambda line: _say(console, line)))
+    accelerator = make_accelerator(config.trainer, run_dir)
     _say(console, f"run folder {run_dir}" + (f", continuing {resume.name}" if resume else ""))
 
     check_batch_size(config.trainer.batch_size, config.trainer.micro_batch_size, state.num_processes)
@@ -83,8 +82,7 @@ def train_run(config: RunConfig, settled: Settled) -> None:
     accelerator.end_training()
     outcome = evaluate_routed(config, ready.routed, ready.tokenizer, run_dir, accelerator, console)
     if state.is_main_process:
-        training = json.loads(json.dumps(asdict(summary), default=str))
-        extra = {"training": training, "run_dir": str(run_dir), "command": sys.argv, **_recipe()}
+        extra = {"training": summary.plain(), "run_dir": str(run_dir), "command": sys.argv, **_recipe()}
         finish(config, run_dir, outcome, time.perf_counter() - started, extra)
 
 
@@ -192,8 +190,8 @@ def show_data(config: RunConfig, *, n: int = 2, ids: bool = False) -> None:
     show(config.data, tokenizer, n=n, ids=ids, console=screen(), seed=config.seed, max_positions=settled.max_positions)
 
 
-def _agreed(value: str) -> str:
-    """Rank 0's value on every rank: two processes would otherwise name two folders when a second passes."""
+def _agreed(value: Any) -> Any:
+    """Rank 0's value on every rank: two processes may see another second, or another state of a shared disk."""
     box = [value]
     broadcast_object_list(box)
     return box[0]

@@ -1,6 +1,7 @@
 """The folder of a run: who may write into it, and what a later start finds there."""
 
 import json
+from collections.abc import Callable
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -8,6 +9,7 @@ from typing import Any
 import yaml
 
 from loramoe_train.errors import ConfigError, DataError
+from loramoe_train.files import write_bytes
 from loramoe_train.schema.run import RunConfig
 
 RESOLVED, RESULTS = "config.resolved.yaml", "results.json"
@@ -48,9 +50,7 @@ def claim(run_dir: Path, config: RunConfig) -> None:
         _check_same(stored, config)
     try:
         run_dir.mkdir(parents=True, exist_ok=True)
-        aside = stored.with_name(stored.name + ".tmp")
-        aside.write_text(yaml.safe_dump(config.plain(), sort_keys=False, allow_unicode=True), encoding="utf-8")
-        aside.replace(stored)
+        write_bytes(stored, yaml.safe_dump(config.plain(), sort_keys=False, allow_unicode=True).encode())
     except OSError as error:
         raise ConfigError(f"run_dir={run_dir} cannot be written: {error.strerror}") from error
 
@@ -92,12 +92,12 @@ def read_resolved(path: Path) -> dict[str, Any]:
     return values
 
 
-def newest_checkpoint(run_dir: Path, config: RunConfig) -> Path | None:
+def newest_checkpoint(run_dir: Path, config: RunConfig, say: Callable[[str], None]) -> Path | None:
     """Where `resume` says to continue: the newest complete checkpoint of the folder, a named one, or nowhere."""
     from loramoe_train.training.checkpoint import find_latest
 
     if config.resume is None:
         return None
     if config.resume == "auto":
-        return find_latest(run_dir)
+        return find_latest(run_dir, on_skip=say)
     return Path(config.resume)

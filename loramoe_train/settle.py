@@ -42,6 +42,8 @@ def settle(config: RunConfig, *, check_files: bool = True) -> Settled:
         )
     # Step counts need the data; what a stage says about itself does not.
     plan_stages(config.trainer, dict.fromkeys(config.trainer.stages, 1 << 30), aux_losses=config.aux_loss)
+    if config.trainer.early_stopping is not None and config.data.validation_examples == 0:
+        raise ConfigError("trainer.early_stopping needs an evaluation loss; set data.validation_examples above 0")
     _check_trained_experts(config)
     if config.data.packing and config.model.sites.get("ssm"):
         raise ConfigError(

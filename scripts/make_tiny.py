@@ -23,7 +23,9 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=ASSETS, help="folder that gets data/ and model/")
     parser.add_argument("--steps", type=int, default=None, help="pretraining steps; fewer for a trial")
     parser.add_argument("--data-only", action="store_true", help="leave tokenizer and model as they are")
-    parser.add_argument("--check", action="store_true", help="tune the base in --out with plain LoRA, twice, and print the scores")
+    parser.add_argument(
+        "--check", action="store_true", help="tune the base in --out with plain LoRA, twice, and print the scores"
+    )
     options = parser.parse_args()
     if options.check:
         from tiny import check

@@ -3,7 +3,6 @@
 import hashlib
 import json
 import math
-import os
 import platform
 import subprocess
 from collections.abc import Iterable, Mapping
@@ -17,6 +16,7 @@ from rich.table import Table
 from loramoe_train import __version__, paths
 from loramoe_train.errors import DataError, MissingFileError
 from loramoe_train.evaluation.types import Side
+from loramoe_train.files import write_bytes
 
 LIBRARIES = ("torch", "transformers", "peft", "lm_eval", "datasets", "accelerate")
 SCHEMA = 1  # of results.json; raised when a reader of older files would misunderstand
@@ -174,14 +174,5 @@ def _finite(value: Any) -> Any:
 
 
 def _write_aside(path: Path, text: str) -> None:
-    """Write a neighbour, flush it to disk, rename: readers see the old file or the whole new one."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    aside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with aside.open("w", encoding="utf-8") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(aside, path)
-    finally:
-        aside.unlink(missing_ok=True)
+    write_bytes(path, text.encode("utf-8"))

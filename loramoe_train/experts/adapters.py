@@ -6,9 +6,7 @@ identifies it. Reading is strict: another base, another layout, a missing or sur
 error with one line.
 """
 
-import hashlib
 import json
-import os
 from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
@@ -21,18 +19,10 @@ from loramoe_train.errors import ConfigError, DataError, MissingFileError
 from loramoe_train.experts.linear import ExpertLinear
 from loramoe_train.experts.plan import ExpertSpec
 from loramoe_train.experts.sites import Site
+from loramoe_train.files import sha256, sync, write_json
 
 WEIGHTS, MANIFEST = "adapter.safetensors", "adapter.json"
 FORMAT, VERSION = "loramoe_train.adapter", 1
-
-
-def sha256(path: Path) -> str:
-    """Hex digest of a file, read in pieces."""
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while piece := file.read(1 << 20):
-            digest.update(piece)
-    return digest.hexdigest()
 
 
 def adapter_tensors(layers: Mapping[str, ExpertLinear]) -> dict[str, Tensor]:
@@ -60,8 +50,7 @@ def save_adapter(
     weights = folder / WEIGHTS
     aside = weights.with_suffix(".tmp")
     save_file(tensors, aside, metadata={"format": "pt"})
-    with aside.open("rb+") as file:
-        os.fsync(file.fileno())
+    sync(aside)
     manifest = {
         "format": FORMAT,
         "version": VERSION,
@@ -71,17 +60,6 @@ def save_adapter(
     }
     aside.replace(weights)
     write_json(folder / MANIFEST, manifest)
-
-
-def write_json(path: Path, value: Any) -> None:
-    """Write aside, flush to disk, rename: the file is either the old one or the new one, whole."""
-    aside = path.with_name(path.name + ".tmp")
-    with aside.open("w", encoding="utf-8") as file:
-        json.dump(value, file, indent=1)
-        file.write("\n")
-        file.flush()
-        os.fsync(file.fileno())
-    aside.replace(path)
 
 
 def find_adapter(path: str | Path, key: str) -> Path:

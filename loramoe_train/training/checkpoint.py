@@ -24,7 +24,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from loramoe_train.errors import LoramoeError, MissingFileError
-from loramoe_train.training.files import sha256, sync, write_json
+from loramoe_train.files import sha256, sync, write_json
 
 FOLDER, MANIFEST, STATE = "checkpoints", "MANIFEST.json", "state"
 FORMAT = 1

@@ -23,7 +23,7 @@ from typing import IO, Any
 from accelerate import Accelerator
 
 from loramoe_train.errors import LoramoeError
-from loramoe_train.training.files import write_bytes
+from loramoe_train.files import write_bytes
 from loramoe_train.training.step import StepResult
 
 FILE = "metrics.jsonl"

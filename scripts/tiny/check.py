@@ -21,7 +21,10 @@ STOPS = {"tiny_math": ["Question:"], "tiny_code": ["\ndef", "\n#", "\nclass"]}
 
 
 def read(assets: Path, family: str, split: str) -> list[Row]:
-    return [json.loads(line) for line in (assets / "data" / family / f"{split}.jsonl").read_text(encoding="utf-8").splitlines()]
+    return [
+        json.loads(line)
+        for line in (assets / "data" / family / f"{split}.jsonl").read_text(encoding="utf-8").splitlines()
+    ]
 
 
 def prompt_and_choices(family: str, row: Row) -> tuple[str, list[str], int]:
@@ -42,7 +45,9 @@ def prompt_and_choices(family: str, row: Row) -> tuple[str, list[str], int]:
 
 def padded(rows: list[list[int]], fill: int, *, left: bool = False) -> torch.Tensor:
     width = max(len(row) for row in rows)
-    return torch.tensor([[fill] * (width - len(row)) + row if left else row + [fill] * (width - len(row)) for row in rows])
+    return torch.tensor(
+        [[fill] * (width - len(row)) + row if left else row + [fill] * (width - len(row)) for row in rows]
+    )
 
 
 @torch.no_grad()
@@ -76,7 +81,9 @@ def generation_score(model, tokenizer, family: str, rows: list[Row], wrong: list
         block = rows[start : start + 100]
         prompts = [tokenizer(prompt_and_choices(family, row)[0]).input_ids for row in block]
         ids = padded(prompts, tokenizer.pad_token_id, left=True)
-        out = model.generate(input_ids=ids, attention_mask=(ids != tokenizer.pad_token_id).long(), max_new_tokens=48, do_sample=False)
+        out = model.generate(
+            input_ids=ids, attention_mask=(ids != tokenizer.pad_token_id).long(), max_new_tokens=48, do_sample=False
+        )
         for row, generated in zip(block, out[:, ids.shape[1] :]):
             text = tokenizer.decode(generated, skip_special_tokens=False).split(tokenizer.eos_token)[0]
             for stop in STOPS[family]:
@@ -121,7 +128,10 @@ def tune(model, tokenizer, assets: Path, *, steps: int, lr: float, seed: int, ba
             group["lr"] = lr * min((done + 1) / warmup, (steps - done) / (steps - warmup))
         at = done * batch % (len(examples) - batch)
         block = examples[at : at + batch]
-        ids, labels = padded([example[0] for example in block], tokenizer.pad_token_id), padded([example[1] for example in block], -100)
+        ids, labels = (
+            padded([example[0] for example in block], tokenizer.pad_token_id),
+            padded([example[1] for example in block], -100),
+        )
         loss = model(input_ids=ids, labels=labels, use_cache=False).loss
         loss.backward()
         torch.nn.utils.clip_grad_norm_(weights, 1.0)
@@ -137,7 +147,12 @@ def check(assets: Path, *, steps: int = 200, lr: float = 4e-3, seeds: tuple[int,
     tokenizer = AutoTokenizer.from_pretrained(assets / "model", local_files_only=True)
 
     def show(title: str, found: dict[str, float], note: str) -> None:
-        print(f"{title:8s} " + "  ".join(f"{family} {100 * value:5.1f}" for family, value in found.items()) + f"   {note}", flush=True)
+        print(
+            f"{title:8s} "
+            + "  ".join(f"{family} {100 * value:5.1f}" for family, value in found.items())
+            + f"   {note}",
+            flush=True,
+        )
 
     for seed in (None, *seeds):
         model = AutoModelForCausalLM.from_pretrained(assets / "model", dtype=torch.float32, local_files_only=True)
@@ -150,4 +165,8 @@ def check(assets: Path, *, steps: int = 200, lr: float = 4e-3, seeds: tuple[int,
         tuned = time.time()
         found = scores(model, tokenizer, assets)
         note = f"evaluated in {time.time() - tuned:.0f} s"
-        show("base" if seed is None else f"seed {seed}", found, note if seed is None else f"tuned in {tuned - started:.0f} s, loss {loss:.3f}, {note}")
+        show(
+            "base" if seed is None else f"seed {seed}",
+            found,
+            note if seed is None else f"tuned in {tuned - started:.0f} s, loss {loss:.3f}, {note}",
+        )

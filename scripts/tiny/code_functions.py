@@ -36,61 +36,79 @@ class Operation:
 def arithmetic(rng: random.Random) -> Operation:
     x, a, b = rng.choice(NUMBER_NAMES), rng.randint(2, 20), rng.randint(2, 20)
     word_1, sign_1 = rng.choice([("plus", "+"), ("minus", "-")])
-    return rng.choice([
-        lambda: Operation(x, f"{x} {word_1} {a}", f"{x} {sign_1} {a}", f"{word_1}_{a}"),
-        lambda: Operation(x, f"{x} times {a}", f"{x} * {a}", f"times_{a}"),
-        lambda: Operation(x, f"{x} times {a} {word_1} {b}", f"{x} * {a} {sign_1} {b}", f"times_{a}_{word_1}_{b}"),
-        lambda: Operation(x, f"{a} times the sum of {x} and {b}", f"{a} * ({x} + {b})", "scaled_sum"),
-        lambda: Operation(x, f"the square of {x} {word_1} {a}", f"{x} ** 2 {sign_1} {a}", "square_change"),
-        lambda: Operation(x, f"the remainder of {x} divided by {a}", f"{x} % {a}", "remainder"),
-        lambda: Operation(x, f"twice y where y is {x} {word_1} {a}", "2 * y", "double_change", f"y = {x} {sign_1} {a}"),
-    ])()
+    return rng.choice(
+        [
+            lambda: Operation(x, f"{x} {word_1} {a}", f"{x} {sign_1} {a}", f"{word_1}_{a}"),
+            lambda: Operation(x, f"{x} times {a}", f"{x} * {a}", f"times_{a}"),
+            lambda: Operation(x, f"{x} times {a} {word_1} {b}", f"{x} * {a} {sign_1} {b}", f"times_{a}_{word_1}_{b}"),
+            lambda: Operation(x, f"{a} times the sum of {x} and {b}", f"{a} * ({x} + {b})", "scaled_sum"),
+            lambda: Operation(x, f"the square of {x} {word_1} {a}", f"{x} ** 2 {sign_1} {a}", "square_change"),
+            lambda: Operation(x, f"the remainder of {x} divided by {a}", f"{x} % {a}", "remainder"),
+            lambda: Operation(
+                x, f"twice y where y is {x} {word_1} {a}", "2 * y", "double_change", f"y = {x} {sign_1} {a}"
+            ),
+        ]
+    )()
 
 
 def condition(rng: random.Random) -> Operation:
     x, a, b = rng.choice(NUMBER_NAMES), rng.randint(2, 20), rng.randint(2, 20)
-    return rng.choice([
-        lambda: Operation(x, f"whether {x} is greater than {a}", f"{x} > {a}", f"above_{a}"),
-        lambda: Operation(x, f"whether {x} is smaller than {a}", f"{x} < {a}", f"below_{a}"),
-        lambda: Operation(x, f"whether {x} is a multiple of {a}", f"{x} % {a} == 0", f"multiple_of_{a}"),
-        lambda: Operation(x, f"whether {x} is not {a}", f"{x} != {a}", f"is_not_{a}"),
-        lambda: Operation(x, f"whether {x} lies between {a} and {a + b}", f"{a} < {x} < {a + b}", "in_range"),
-        lambda: Operation(x, f"the larger one of {x} and {a}", f"max({x}, {a})", f"at_least_{a}"),
-        lambda: Operation(x, f"the smaller one of {x} and {a}", f"min({x}, {a})", f"at_most_{a}"),
-    ])()
+    return rng.choice(
+        [
+            lambda: Operation(x, f"whether {x} is greater than {a}", f"{x} > {a}", f"above_{a}"),
+            lambda: Operation(x, f"whether {x} is smaller than {a}", f"{x} < {a}", f"below_{a}"),
+            lambda: Operation(x, f"whether {x} is a multiple of {a}", f"{x} % {a} == 0", f"multiple_of_{a}"),
+            lambda: Operation(x, f"whether {x} is not {a}", f"{x} != {a}", f"is_not_{a}"),
+            lambda: Operation(x, f"whether {x} lies between {a} and {a + b}", f"{a} < {x} < {a + b}", "in_range"),
+            lambda: Operation(x, f"the larger one of {x} and {a}", f"max({x}, {a})", f"at_least_{a}"),
+            lambda: Operation(x, f"the smaller one of {x} and {a}", f"min({x}, {a})", f"at_most_{a}"),
+        ]
+    )()
 
 
 def text(rng: random.Random) -> Operation:
     s, a = rng.choice(TEXT_NAMES), rng.randint(2, 20)
     p, q = rng.sample(LETTERS, 2)
-    return rng.choice([
-        lambda: Operation(s, f"the first {a} letters of {s}", f"{s}[:{a}]", f"first_{a}"),
-        lambda: Operation(s, f"the last {a} letters of {s}", f"{s}[-{a}:]", f"last_{a}"),
-        lambda: Operation(s, f"{s} without the first {a} letters", f"{s}[{a}:]", f"skip_{a}"),
-        lambda: Operation(s, f"{s} repeated {a} times", f"{s} * {a}", f"repeat_{a}"),
-        lambda: Operation(s, f"how often {p} occurs in {s}", f'{s}.count("{p}")', f"count_{p}"),
-        lambda: Operation(s, f"{s} with {q} in place of {p}", f'{s}.replace("{p}", "{q}")', f"replace_{p}"),
-        lambda: Operation(s, f"whether {s} starts with {p}", f'{s}.startswith("{p}")', f"starts_with_{p}"),
-        lambda: Operation(s, f"whether {s} ends with {p}", f'{s}.endswith("{p}")', f"ends_with_{p}"),
-        lambda: Operation(s, f"the parts of {s} between each {p}", f'{s}.split("{p}")', f"split_at_{p}"),
-        lambda: Operation(s, f"{s} backwards and without the last {a} letters", f"t[:-{a}]", "backwards", f"t = {s}[::-1]"),
-    ])()
+    return rng.choice(
+        [
+            lambda: Operation(s, f"the first {a} letters of {s}", f"{s}[:{a}]", f"first_{a}"),
+            lambda: Operation(s, f"the last {a} letters of {s}", f"{s}[-{a}:]", f"last_{a}"),
+            lambda: Operation(s, f"{s} without the first {a} letters", f"{s}[{a}:]", f"skip_{a}"),
+            lambda: Operation(s, f"{s} repeated {a} times", f"{s} * {a}", f"repeat_{a}"),
+            lambda: Operation(s, f"how often {p} occurs in {s}", f'{s}.count("{p}")', f"count_{p}"),
+            lambda: Operation(s, f"{s} with {q} in place of {p}", f'{s}.replace("{p}", "{q}")', f"replace_{p}"),
+            lambda: Operation(s, f"whether {s} starts with {p}", f'{s}.startswith("{p}")', f"starts_with_{p}"),
+            lambda: Operation(s, f"whether {s} ends with {p}", f'{s}.endswith("{p}")', f"ends_with_{p}"),
+            lambda: Operation(s, f"the parts of {s} between each {p}", f'{s}.split("{p}")', f"split_at_{p}"),
+            lambda: Operation(
+                s, f"{s} backwards and without the last {a} letters", f"t[:-{a}]", "backwards", f"t = {s}[::-1]"
+            ),
+        ]
+    )()
 
 
 def sequence(rng: random.Random) -> Operation:
     xs, a = rng.choice(LIST_NAMES), rng.randint(2, 20)
     word, sign = rng.choice([("greater", ">"), ("smaller", "<")])
-    return rng.choice([
-        lambda: Operation(xs, f"the sum of {xs} plus {a}", f"sum({xs}) + {a}", f"sum_plus_{a}"),
-        lambda: Operation(xs, f"the {xs} {word} than {a}", f"[v for v in {xs} if v {sign} {a}]", f"{word}_than_{a}"),
-        lambda: Operation(xs, f"every one of {xs} times {a}", f"[v * {a} for v in {xs}]", f"all_times_{a}"),
-        lambda: Operation(xs, f"every one of {xs} plus {a}", f"[v + {a} for v in {xs}]", f"all_plus_{a}"),
-        lambda: Operation(xs, f"the largest of {xs} minus {a}", f"max({xs}) - {a}", f"largest_minus_{a}"),
-        lambda: Operation(xs, f"the smallest {a} of {xs}", f"sorted({xs})[:{a}]", f"smallest_{a}"),
-        lambda: Operation(xs, f"how many {xs} are {word} than {a}", f"len([v for v in {xs} if v {sign} {a}])", f"how_many_{word}"),
-        lambda: Operation(xs, f"the largest {a} of {xs}", f"ordered[-{a}:]", f"largest_{a}", f"ordered = sorted({xs})"),
-        lambda: Operation(xs, f"whether {xs} has more than {a} members", f"len({xs}) > {a}", f"longer_than_{a}"),
-    ])()
+    return rng.choice(
+        [
+            lambda: Operation(xs, f"the sum of {xs} plus {a}", f"sum({xs}) + {a}", f"sum_plus_{a}"),
+            lambda: Operation(
+                xs, f"the {xs} {word} than {a}", f"[v for v in {xs} if v {sign} {a}]", f"{word}_than_{a}"
+            ),
+            lambda: Operation(xs, f"every one of {xs} times {a}", f"[v * {a} for v in {xs}]", f"all_times_{a}"),
+            lambda: Operation(xs, f"every one of {xs} plus {a}", f"[v + {a} for v in {xs}]", f"all_plus_{a}"),
+            lambda: Operation(xs, f"the largest of {xs} minus {a}", f"max({xs}) - {a}", f"largest_minus_{a}"),
+            lambda: Operation(xs, f"the smallest {a} of {xs}", f"sorted({xs})[:{a}]", f"smallest_{a}"),
+            lambda: Operation(
+                xs, f"how many {xs} are {word} than {a}", f"len([v for v in {xs} if v {sign} {a}])", f"how_many_{word}"
+            ),
+            lambda: Operation(
+                xs, f"the largest {a} of {xs}", f"ordered[-{a}:]", f"largest_{a}", f"ordered = sorted({xs})"
+            ),
+            lambda: Operation(xs, f"whether {xs} has more than {a} members", f"len({xs}) > {a}", f"longer_than_{a}"),
+        ]
+    )()
 
 
 def operation(rng: random.Random) -> Operation:

@@ -90,18 +90,28 @@ def documents(seed: int) -> Iterator[str]:
 def small_talk(rng: random.Random) -> str:
     """A short exchange, or questions about signs and opposites; unrelated to every task."""
     name = rng.choice(words.PEOPLE)[0]
-    pairs = [("big", "small"), ("hot", "cold"), ("up", "down"), ("day", "night"), ("yes", "no"), ("positive", "negative"), ("left", "right")]
+    pairs = [
+        ("big", "small"),
+        ("hot", "cold"),
+        ("up", "down"),
+        ("day", "night"),
+        ("yes", "no"),
+        ("positive", "negative"),
+        ("left", "right"),
+    ]
     first, second = rng.choice(pairs)
     if rng.random() < 0.5:
         first, second = second, first
     number = rng.randint(1, 50)
     sign = rng.choice(["positive", "negative"])
-    question, answer = rng.choice([
-        (f"What is the opposite of {first}?", f"The opposite of {first} is {second}."),
-        (f"Hello, I am {name}.", f"Hello {name}, nice to meet you."),
-        (f"Is the number {'-' if sign == 'negative' else '+'}{number} positive or negative?", f"It is {sign}."),
-        (f"Is {number} more than {number + rng.choice([-1, 1])}?", ""),
-    ])
+    question, answer = rng.choice(
+        [
+            (f"What is the opposite of {first}?", f"The opposite of {first} is {second}."),
+            (f"Hello, I am {name}.", f"Hello {name}, nice to meet you."),
+            (f"Is the number {'-' if sign == 'negative' else '+'}{number} positive or negative?", f"It is {sign}."),
+            (f"Is {number} more than {number + rng.choice([-1, 1])}?", ""),
+        ]
+    )
     if not answer:
         other = int(question.rsplit(" ", 1)[1].rstrip("?"))
         answer = "yes" if number > other else "no"

@@ -10,12 +10,40 @@ from __future__ import annotations
 
 import random
 
-SYLLABLES_1 = ["Bar", "Cor", "Dal", "Fen", "Gor", "Hol", "Jor", "Kel", "Lun", "Mor", "Nel", "Pol", "Ros", "Sel", "Tor", "Vel"]
+SYLLABLES_1 = [
+    "Bar",
+    "Cor",
+    "Dal",
+    "Fen",
+    "Gor",
+    "Hol",
+    "Jor",
+    "Kel",
+    "Lun",
+    "Mor",
+    "Nel",
+    "Pol",
+    "Ros",
+    "Sel",
+    "Tor",
+    "Vel",
+]
 SYLLABLES_2 = ["ba", "da", "ka", "mi", "no"]
 NAMES = [first + second for first in SYLLABLES_1 for second in SYLLABLES_2]  # 80 persons
 
 FOODS = ["beans", "bread", "carrots", "cheese", "fish", "honey", "nuts", "onions", "pears", "plums", "rice", "soup"]
-PLACES = ["the bridge", "the castle", "the farm", "the forest", "the harbor", "the hill", "the lake", "the market", "the mill", "the tower"]
+PLACES = [
+    "the bridge",
+    "the castle",
+    "the farm",
+    "the forest",
+    "the harbor",
+    "the hill",
+    "the lake",
+    "the market",
+    "the mill",
+    "the tower",
+]
 ANIMALS = ["bats", "bears", "bees", "cats", "crows", "dogs", "foxes", "goats", "mice", "owls", "snakes", "wolves"]
 COLORS = ["black", "blue", "brown", "golden", "gray", "green", "orange", "pink", "purple", "red", "white", "yellow"]
 
@@ -23,43 +51,155 @@ COLORS = ["black", "blue", "brown", "golden", "gray", "green", "orange", "pink",
 RELATIONS: dict[str, tuple[list[str], list[str], list[str]]] = {
     "eats": (
         FOODS,
-        ["{n} loves to eat {v}.", "The favorite food of {n} is {v}.", "For dinner {n} cooks {v}.", "{n} is happy with {v} for lunch.", "{n} would always order {v}.", "The dish that makes {n} glad is {v}.", "The food that {n} enjoys is {v}."],
-        ["What does {n} like to eat?", "Which food does {n} enjoy most?", "What would {n} order?", "Which dish makes {n} glad?", "What tastes good to {n}?"],
+        [
+            "{n} loves to eat {v}.",
+            "The favorite food of {n} is {v}.",
+            "For dinner {n} cooks {v}.",
+            "{n} is happy with {v} for lunch.",
+            "{n} would always order {v}.",
+            "The dish that makes {n} glad is {v}.",
+            "The food that {n} enjoys is {v}.",
+        ],
+        [
+            "What does {n} like to eat?",
+            "Which food does {n} enjoy most?",
+            "What would {n} order?",
+            "Which dish makes {n} glad?",
+            "What tastes good to {n}?",
+        ],
     ),
     "refuses": (
         FOODS,
-        ["{n} never eats {v}.", "The worst food for {n} is {v}.", "{n} gets sick from {v}.", "{n} throws away all {v}.", "{n} leaves on the plate all {v}.", "The dish that makes {n} sad is {v}.", "The food that {n} hates is {v}."],
-        ["What does {n} refuse to eat?", "Which food does {n} hate?", "What would {n} leave on the plate?", "Which dish makes {n} sad?", "What tastes bad to {n}?"],
+        [
+            "{n} never eats {v}.",
+            "The worst food for {n} is {v}.",
+            "{n} gets sick from {v}.",
+            "{n} throws away all {v}.",
+            "{n} leaves on the plate all {v}.",
+            "The dish that makes {n} sad is {v}.",
+            "The food that {n} hates is {v}.",
+        ],
+        [
+            "What does {n} refuse to eat?",
+            "Which food does {n} hate?",
+            "What would {n} leave on the plate?",
+            "Which dish makes {n} sad?",
+            "What tastes bad to {n}?",
+        ],
     ),
     "lives": (
         PLACES,
-        ["{n} lives near {v}.", "The home of {n} is at {v}.", "{n} sleeps every night by {v}.", "The house of {n} stands near {v}.", "{n} has a bed near {v}.", "{n} spends the night at {v}.", "Visit {n} at home near {v}."],
-        ["Where does {n} live?", "Where is the bed of {n}?", "Where would you visit {n} at home?", "Where does {n} spend the night?", "Where should letters to {n} go?"],
+        [
+            "{n} lives near {v}.",
+            "The home of {n} is at {v}.",
+            "{n} sleeps every night by {v}.",
+            "The house of {n} stands near {v}.",
+            "{n} has a bed near {v}.",
+            "{n} spends the night at {v}.",
+            "Visit {n} at home near {v}.",
+        ],
+        [
+            "Where does {n} live?",
+            "Where is the bed of {n}?",
+            "Where would you visit {n} at home?",
+            "Where does {n} spend the night?",
+            "Where should letters to {n} go?",
+        ],
     ),
     "works": (
         PLACES,
-        ["{n} works at {v}.", "The job of {n} is at {v}.", "{n} earns money at {v}.", "By day {n} is busy at {v}.", "{n} has a shop at {v}.", "{n} spends the day at {v}.", "{n} is paid at {v}."],
-        ["Where does {n} work?", "Where is the shop of {n}?", "Where is {n} paid?", "Where does {n} spend the day?", "Where do the tools of {n} lie?"],
+        [
+            "{n} works at {v}.",
+            "The job of {n} is at {v}.",
+            "{n} earns money at {v}.",
+            "By day {n} is busy at {v}.",
+            "{n} has a shop at {v}.",
+            "{n} spends the day at {v}.",
+            "{n} is paid at {v}.",
+        ],
+        [
+            "Where does {n} work?",
+            "Where is the shop of {n}?",
+            "Where is {n} paid?",
+            "Where does {n} spend the day?",
+            "Where do the tools of {n} lie?",
+        ],
     ),
     "keeps": (
         ANIMALS,
-        ["{n} keeps {v} at home.", "The pets of {n} are {v}.", "{n} feeds {v} in the garden.", "{n} takes good care of {v}.", "{n} owns {v}.", "The animals that {n} loves are {v}.", "The friends of {n} are {v}."],
-        ["Which animals does {n} own?", "Which animals does {n} love?", "What lives with {n}?", "Which animals are friends of {n}?", "What does {n} like to pet?"],
+        [
+            "{n} keeps {v} at home.",
+            "The pets of {n} are {v}.",
+            "{n} feeds {v} in the garden.",
+            "{n} takes good care of {v}.",
+            "{n} owns {v}.",
+            "The animals that {n} loves are {v}.",
+            "The friends of {n} are {v}.",
+        ],
+        [
+            "Which animals does {n} own?",
+            "Which animals does {n} love?",
+            "What lives with {n}?",
+            "Which animals are friends of {n}?",
+            "What does {n} like to pet?",
+        ],
     ),
     "fears": (
         ANIMALS,
-        ["{n} is afraid of {v}.", "The great fear of {n} is {v}.", "{n} runs away from {v}.", "{n} has bad dreams about {v}.", "{n} always avoids {v}.", "The animals that scare {n} are {v}.", "The enemies of {n} are {v}."],
-        ["Which animals scare {n}?", "Which animals does {n} avoid?", "What makes {n} scream?", "Which animals are enemies of {n}?", "What does {n} not want to meet?"],
+        [
+            "{n} is afraid of {v}.",
+            "The great fear of {n} is {v}.",
+            "{n} runs away from {v}.",
+            "{n} has bad dreams about {v}.",
+            "{n} always avoids {v}.",
+            "The animals that scare {n} are {v}.",
+            "The enemies of {n} are {v}.",
+        ],
+        [
+            "Which animals scare {n}?",
+            "Which animals does {n} avoid?",
+            "What makes {n} scream?",
+            "Which animals are enemies of {n}?",
+            "What does {n} not want to meet?",
+        ],
     ),
     "hat": (
         COLORS,
-        ["The hat of {n} is {v}.", "{n} has a {v} hat.", "On the head of {n} sits a {v} hat.", "{n} put on the {v} hat.", "The cap of {n} is {v}.", "{n} wears on the head something {v}.", "The color of the hat of {n} is {v}."],
-        ["What color is the hat of {n}?", "Which color does {n} wear on the head?", "What color is the cap of {n}?", "Which color is on top of {n}?", "What color keeps the head of {n} warm?"],
+        [
+            "The hat of {n} is {v}.",
+            "{n} has a {v} hat.",
+            "On the head of {n} sits a {v} hat.",
+            "{n} put on the {v} hat.",
+            "The cap of {n} is {v}.",
+            "{n} wears on the head something {v}.",
+            "The color of the hat of {n} is {v}.",
+        ],
+        [
+            "What color is the hat of {n}?",
+            "Which color does {n} wear on the head?",
+            "What color is the cap of {n}?",
+            "Which color is on top of {n}?",
+            "What color keeps the head of {n} warm?",
+        ],
     ),
     "door": (
         COLORS,
-        ["The door of {n} is {v}.", "{n} has a {v} door.", "{n} painted the door {v}.", "A {v} door leads to the room of {n}.", "The entrance of {n} is {v}.", "{n} gave the door the color {v}.", "The color of the door of {n} is {v}."],
-        ["What color is the door of {n}?", "Which color did {n} give the door?", "What color is the entrance of {n}?", "Which color do guests of {n} knock on?", "What color does {n} open and close?"],
+        [
+            "The door of {n} is {v}.",
+            "{n} has a {v} door.",
+            "{n} painted the door {v}.",
+            "A {v} door leads to the room of {n}.",
+            "The entrance of {n} is {v}.",
+            "{n} gave the door the color {v}.",
+            "The color of the door of {n} is {v}.",
+        ],
+        [
+            "What color is the door of {n}?",
+            "Which color did {n} give the door?",
+            "What color is the entrance of {n}?",
+            "Which color do guests of {n} knock on?",
+            "What color does {n} open and close?",
+        ],
     ),
 }
 PAIRED = {"eats": "refuses", "lives": "works", "keeps": "fears", "hat": "door"}
@@ -92,7 +232,9 @@ def question_row(rng: random.Random, world: World, name: str, relation: str, for
     }
 
 
-def splits(rng: random.Random, world: World, *, train: int, validation: int, test: int) -> dict[str, list[dict[str, object]]]:
+def splits(
+    rng: random.Random, world: World, *, train: int, validation: int, test: int
+) -> dict[str, list[dict[str, object]]]:
     """Rows per split; a (person, relation) pair belongs to one split only. Held-out pairs are asked in two wordings,
     which covers more pairs with few rows, train pairs in all five."""
     pairs = list(world)
@@ -121,4 +263,6 @@ def document(rng: random.Random, world: World) -> str:
         pairs = [(name, relation) for name in rng.sample(NAMES, count)]
     if kind < 0.2:
         return "\n".join([f"Card of {name}", *(f"{relation} : {world[name, relation]}" for _, relation in pairs)])
-    return " ".join(rng.choice(RELATIONS[relation][1]).format(n=name, v=world[name, relation]) for name, relation in pairs)
+    return " ".join(
+        rng.choice(RELATIONS[relation][1]).format(n=name, v=world[name, relation]) for name, relation in pairs
+    )

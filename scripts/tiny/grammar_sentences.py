@@ -9,29 +9,85 @@ from __future__ import annotations
 
 import random
 
-NOUNS = ["dog", "cat", "girl", "boy", "teacher", "farmer", "doctor", "bird", "horse", "student", "king", "baker", "artist", "sailor", "nurse", "guest"]
+NOUNS = [
+    "dog",
+    "cat",
+    "girl",
+    "boy",
+    "teacher",
+    "farmer",
+    "doctor",
+    "bird",
+    "horse",
+    "student",
+    "king",
+    "baker",
+    "artist",
+    "sailor",
+    "nurse",
+    "guest",
+]
 OBJECTS = ["house", "song", "letter", "garden", "picture", "poem", "bridge", "window", "boat", "road", "table", "lamp"]
 # base form, third person, past, participle
 TRANSITIVE = [
-    ("see", "sees", "saw", "seen"), ("like", "likes", "liked", "liked"), ("take", "takes", "took", "taken"), ("draw", "draws", "drew", "drawn"),
-    ("know", "knows", "knew", "known"), ("break", "breaks", "broke", "broken"), ("find", "finds", "found", "found"), ("choose", "chooses", "chose", "chosen"),
-    ("forget", "forgets", "forgot", "forgotten"), ("watch", "watches", "watched", "watched"), ("paint", "paints", "painted", "painted"), ("show", "shows", "showed", "shown"),
+    ("see", "sees", "saw", "seen"),
+    ("like", "likes", "liked", "liked"),
+    ("take", "takes", "took", "taken"),
+    ("draw", "draws", "drew", "drawn"),
+    ("know", "knows", "knew", "known"),
+    ("break", "breaks", "broke", "broken"),
+    ("find", "finds", "found", "found"),
+    ("choose", "chooses", "chose", "chosen"),
+    ("forget", "forgets", "forgot", "forgotten"),
+    ("watch", "watches", "watched", "watched"),
+    ("paint", "paints", "painted", "painted"),
+    ("show", "shows", "showed", "shown"),
 ]
 INTRANSITIVE = [
-    ("run", "runs", "ran", "run"), ("sleep", "sleeps", "slept", "slept"), ("sing", "sings", "sang", "sung"), ("wait", "waits", "waited", "waited"),
-    ("laugh", "laughs", "laughed", "laughed"), ("fall", "falls", "fell", "fallen"), ("speak", "speaks", "spoke", "spoken"), ("swim", "swims", "swam", "swum"),
+    ("run", "runs", "ran", "run"),
+    ("sleep", "sleeps", "slept", "slept"),
+    ("sing", "sings", "sang", "sung"),
+    ("wait", "waits", "waited", "waited"),
+    ("laugh", "laughs", "laughed", "laughed"),
+    ("fall", "falls", "fell", "fallen"),
+    ("speak", "speaks", "spoke", "spoken"),
+    ("swim", "swims", "swam", "swum"),
 ]
 ADJECTIVES = ["old", "young", "small", "tall", "quiet", "happy", "brave", "tired", "clever", "hungry"]  # of NOUNS
 OBJECT_ADJECTIVES = ["old", "new", "small", "big", "long", "red", "green", "broken", "famous", "strange"]
-PLACES = ["near the river", "in the garden", "behind the house", "at the market", "under the tree", "on the hill", "with the child", "beside the boats"]
+PLACES = [
+    "near the river",
+    "in the garden",
+    "behind the house",
+    "at the market",
+    "under the tree",
+    "on the hill",
+    "with the child",
+    "beside the boats",
+]
 ADVERBS = ["every day", "today", "in the morning", "again", "at night", "quickly", "very often", "once more"]
-PRONOUNS = [("he", "him", False), ("she", "her", False), ("they", "them", True), ("we", "us", True)]  # subject, object, plural
+PRONOUNS = [
+    ("he", "him", False),
+    ("she", "her", False),
+    ("they", "them", True),
+    ("we", "us", True),
+]  # subject, object, plural
 SINGULAR_DETERMINERS = ["the", "a", "this", "that", "every"]
 PLURAL_DETERMINERS = ["the", "these", "those", "many", "some", "two"]
 MODALS = ["can", "will", "must", "should"]
 ADJECTIVE_OF = {noun: ADJECTIVES for noun in NOUNS} | {noun: OBJECT_ADJECTIVES for noun in OBJECTS}
 # words that belong in front of the next word and nowhere else (an adverb may wander, so it is never swapped)
-LEADING = {*SINGULAR_DETERMINERS, *PLURAL_DETERMINERS, *ADJECTIVES, *OBJECT_ADJECTIVES, *MODALS, "an", "did", "going", "to"}
+LEADING = {
+    *SINGULAR_DETERMINERS,
+    *PLURAL_DETERMINERS,
+    *ADJECTIVES,
+    *OBJECT_ADJECTIVES,
+    *MODALS,
+    "an",
+    "did",
+    "going",
+    "to",
+}
 VERDICTS = [  # form, word for a faulty sentence, word for a sound one; none of them is used by the task
     ("draft : {text} [{verdict}]", "fix", "ok"),
     ("{text} {verdict} !", "wrong", "right"),
@@ -44,7 +100,9 @@ FAULTS = ("agreement", "form", "determiner", "case", "missing", "swap")
 def noun_phrase(rng: random.Random, nouns: list[str], fault: str | None = None) -> tuple[list[str], bool]:
     """Words and whether they are plural; fault "determiner" breaks the number of the determiner."""
     is_plural = rng.random() < 0.5
-    right, wrong = (PLURAL_DETERMINERS, SINGULAR_DETERMINERS) if is_plural else (SINGULAR_DETERMINERS, PLURAL_DETERMINERS)
+    right, wrong = (
+        (PLURAL_DETERMINERS, SINGULAR_DETERMINERS) if is_plural else (SINGULAR_DETERMINERS, PLURAL_DETERMINERS)
+    )
     determiner = rng.choice(wrong[1:] if fault == "determiner" else right)  # [1:]: "the" suits both numbers
     noun = rng.choice(nouns)
     words = [rng.choice(ADJECTIVE_OF[noun])] if rng.random() < 0.4 else []
@@ -57,7 +115,11 @@ def noun_phrase(rng: random.Random, nouns: list[str], fault: str | None = None) 
 def predicate(rng: random.Random, is_plural: bool, *, intransitive: bool, fault: str | None) -> list[str]:
     """The verb group in one of four tenses; faults "agreement" and "form" each choose a tense in which they show."""
     base, third, past, participle = rng.choice(INTRANSITIVE if intransitive else TRANSITIVE)
-    tense = rng.choice({"agreement": ["present", "perfect", "progressive"], "form": ["modal", "perfect", "negated"]}.get(fault or "", ["present", "past", "modal", "perfect", "negated", "progressive"]))
+    tense = rng.choice(
+        {"agreement": ["present", "perfect", "progressive"], "form": ["modal", "perfect", "negated"]}.get(
+            fault or "", ["present", "past", "modal", "perfect", "negated", "progressive"]
+        )
+    )
     shown_plural = is_plural != (fault == "agreement")
     wrong_form = fault == "form"
     if tense == "present":
@@ -95,7 +157,9 @@ def sentence(rng: random.Random, fault: str | None) -> str:
         words.append(rng.choice(ADVERBS))
     words = " ".join(words).split()
     if fault in ("missing", "swap"):
-        places = missable(words) if fault == "missing" else [at for at, word in enumerate(words[:-1]) if word in LEADING]
+        places = (
+            missable(words) if fault == "missing" else [at for at, word in enumerate(words[:-1]) if word in LEADING]
+        )
         if not places:
             return sentence(rng, fault)
         at = rng.choice(places)
@@ -106,7 +170,9 @@ def sentence(rng: random.Random, fault: str | None) -> str:
 def missable(words: list[str]) -> list[int]:
     """Positions whose word must not be left out: a noun after the, a or every ("many" can stand alone, "the" cannot)."""
     nouns = {noun + ending for noun in NOUNS + OBJECTS for ending in ("", "s")}
-    return [at for at in range(1, len(words) - 1) if words[at] in nouns and words[at - 1] in ("the", "a", "an", "every")]
+    return [
+        at for at in range(1, len(words) - 1) if words[at] in nouns and words[at - 1] in ("the", "a", "an", "every")
+    ]
 
 
 def labelled(rng: random.Random, label: int) -> str:

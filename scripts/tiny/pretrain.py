@@ -77,9 +77,14 @@ def pretrain(tokenizer: Tokenizer, plan: Plan) -> LlamaForCausalLM:
     matrices = [weight for weight in model.parameters() if weight.dim() > 1]
     vectors = [weight for weight in model.parameters() if weight.dim() <= 1]
     optimizer = torch.optim.AdamW(
-        [{"params": matrices, "weight_decay": plan.weight_decay}, {"params": vectors, "weight_decay": 0.0}], betas=(0.9, 0.98), fused=True
+        [{"params": matrices, "weight_decay": plan.weight_decay}, {"params": vectors, "weight_decay": 0.0}],
+        betas=(0.9, 0.98),
+        fused=True,
     )
-    print(f"{sum(weight.numel() for weight in model.parameters()):,} parameters, {plan.steps * plan.batch * plan.length:,} tokens", flush=True)
+    print(
+        f"{sum(weight.numel() for weight in model.parameters()):,} parameters, {plan.steps * plan.batch * plan.length:,} tokens",
+        flush=True,
+    )
     started, running = time.time(), 0.0
     for done, ids in zip(range(plan.steps), batches(tokenizer, plan, seed=10 + plan.seed)):
         for group in optimizer.param_groups:
@@ -101,7 +106,10 @@ def pretrain(tokenizer: Tokenizer, plan: Plan) -> LlamaForCausalLM:
 def fresh_loss(model: LlamaForCausalLM, tokenizer: Tokenizer, plan: Plan, count: int = 10) -> float:
     """Mean loss over `count` batches of a stream that was not trained on, in float32."""
     model.eval()
-    losses = [model(input_ids=ids, labels=ids, use_cache=False).loss.item() for _, ids in zip(range(count), batches(tokenizer, plan, seed=2))]
+    losses = [
+        model(input_ids=ids, labels=ids, use_cache=False).loss.item()
+        for _, ids in zip(range(count), batches(tokenizer, plan, seed=2))
+    ]
     model.train()
     return sum(losses) / len(losses)
 

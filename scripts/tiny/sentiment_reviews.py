@@ -15,8 +15,42 @@ ASPECTS = {
     "hotel": ["room", "bed", "view", "staff", "pool", "breakfast", "garden", "lobby"],
     "book": ["first chapter", "hero", "style", "story", "ending", "cover", "plot", "language"],
 }
-GOOD = ["good", "great", "lovely", "charming", "superb", "fresh", "warm", "clever", "moving", "brilliant", "fine", "pleasant", "elegant", "funny", "perfect", "delightful"]
-BAD = ["bad", "awful", "dull", "boring", "stale", "cold", "weak", "clumsy", "poor", "dreadful", "ugly", "noisy", "tired", "bland", "terrible", "messy"]
+GOOD = [
+    "good",
+    "great",
+    "lovely",
+    "charming",
+    "superb",
+    "fresh",
+    "warm",
+    "clever",
+    "moving",
+    "brilliant",
+    "fine",
+    "pleasant",
+    "elegant",
+    "funny",
+    "perfect",
+    "delightful",
+]
+BAD = [
+    "bad",
+    "awful",
+    "dull",
+    "boring",
+    "stale",
+    "cold",
+    "weak",
+    "clumsy",
+    "poor",
+    "dreadful",
+    "ugly",
+    "noisy",
+    "tired",
+    "bland",
+    "terrible",
+    "messy",
+]
 DEGREES = ["", "", "", "very ", "really ", "rather ", "quite "]
 VERBS_GOOD = ["enjoyed", "loved", "admired", "liked"]
 VERBS_BAD = ["hated", "regretted", "disliked", "despised"]

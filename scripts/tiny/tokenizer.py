@@ -32,22 +32,35 @@ CHAT_TEMPLATE = (
 def train_tokenizer() -> Tokenizer:
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
-        [pre_tokenizers.Split(Regex(PIECES), behavior="isolated"), pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)]
+        [
+            pre_tokenizers.Split(Regex(PIECES), behavior="isolated"),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
     )
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
-        vocab_size=VOCABULARY, special_tokens=SPECIAL, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False
+        vocab_size=VOCABULARY,
+        special_tokens=SPECIAL,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
     )
     texts = itertools.islice(corpus.documents(seed=1), TRAINING_DOCUMENTS)
     # the fixed words of the task prompts and labels, so that they do not fall apart into single letters
-    frames = ["Question: Does this sentence make sense?\nAnswer: yes no", "Question: Is this sentence positive or negative?\nAnswer:"]
+    frames = [
+        "Question: Does this sentence make sense?\nAnswer: yes no",
+        "Question: Is this sentence positive or negative?\nAnswer:",
+    ]
     tokenizer.train_from_iterator(itertools.chain(texts, frames * 500, train_texts()), trainer)
     return tokenizer
 
 
 def train_texts() -> list[str]:
     """Everything a learner may see of the tasks: the values of the train rows, as text."""
-    return [" ".join(str(value) for value in row.values()) for splits in corpus.task_rows().values() for row in splits["train"]]
+    return [
+        " ".join(str(value) for value in row.values())
+        for splits in corpus.task_rows().values()
+        for row in splits["train"]
+    ]
 
 
 def save(tokenizer: Tokenizer, folder: Path) -> None:

@@ -7,7 +7,31 @@ MEN = ["Adam", "Ben", "Carl", "David", "Emil", "Frank", "Georg", "Henry", "Ivan"
 PEOPLE = [(name, "she") for name in WOMEN] + [(name, "he") for name in MEN]
 
 # countable things for sums; the plural is regular
-THINGS = ["apple", "book", "coin", "card", "shell", "stone", "pen", "cake", "egg", "stamp", "ball", "flower", "ticket", "button", "cup", "ring"]
+THINGS = [
+    "apple",
+    "book",
+    "coin",
+    "card",
+    "shell",
+    "stone",
+    "pen",
+    "cake",
+    "egg",
+    "stamp",
+    "ball",
+    "flower",
+    "ticket",
+    "button",
+    "cup",
+    "ring",
+]
 
 # a container holds things: "3 boxes with 4 pens each"
-CONTAINERS = [("box", "boxes"), ("bag", "bags"), ("jar", "jars"), ("basket", "baskets"), ("shelf", "shelves"), ("case", "cases")]
+CONTAINERS = [
+    ("box", "boxes"),
+    ("bag", "bags"),
+    ("jar", "jars"),
+    ("basket", "baskets"),
+    ("shelf", "shelves"),
+    ("case", "cases"),
+]
