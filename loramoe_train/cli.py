@@ -6,12 +6,22 @@ and its exit code (errors.py); a traceback means a defect.
 
 import os
 import re
+import signal
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from types import FrameType
+from typing import Any, NoReturn
 
-from loramoe_train.errors import ConfigError, Interrupted, LoramoeError, OutOfMemoryError, nearest
+from loramoe_train.errors import (
+    ConfigError,
+    Interrupted,
+    LoramoeError,
+    MissingFileError,
+    OutOfMemoryError,
+    SavedOnSignal,
+    nearest,
+)
 from loramoe_train.paths import CONFIGS, RECIPES
 from loramoe_train.schema.run import RunConfig
 
@@ -22,9 +32,11 @@ def train() -> None:
     """`loramoe-train`: train, evaluate, write the run folder."""
 
     def job(config: RunConfig, extra: dict[str, Any]) -> None:
+        from loramoe_train.rundir import check_places
         from loramoe_train.settle import settle
 
-        settled = settle(config)  # before torch is imported
+        check_places(config)  # both before torch is imported
+        settled = settle(config)
         from loramoe_train.run import train_run
 
         train_run(config, settled)
@@ -58,8 +70,6 @@ def evaluate() -> None:
     """`loramoe-eval PATH [KEY=VALUE ...]`: benchmarks of a run folder, a checkpoint or an adapter folder."""
 
     def job() -> None:
-        from loramoe_train.reuse import evaluate_folder
-
         arguments = sys.argv[1:]
         if not arguments or arguments[0] in ("-h", "--help"):
             print(
@@ -68,19 +78,35 @@ def evaluate() -> None:
             return
         if "=" in arguments[0]:
             raise ConfigError(f"loramoe-eval wants a run or adapter folder first, got '{arguments[0]}'")
+        if not Path(arguments[0]).exists():
+            raise MissingFileError(f"loramoe-eval: there is no {arguments[0]}")
+        from loramoe_train.reuse import evaluate_folder
+
         evaluate_folder(Path(arguments[0]), arguments[1:])
 
     _guard(job)
 
 
+class _Terminated(BaseException):
+    """SIGTERM outside the training loop. No Exception, for the same reason as KeyboardInterrupt."""
+
+
+def _terminate(number: int, frame: FrameType | None) -> NoReturn:
+    raise _Terminated
+
+
 def _guard(job: Callable[[], None]) -> None:
     """Run `job`; one line and the right exit code for everything that a user can cause."""
+    if signal.getsignal(signal.SIGTERM) is signal.SIG_DFL:  # the training loop has a handler of its own meanwhile
+        signal.signal(signal.SIGTERM, _terminate)
     try:
         job()
     except LoramoeError as error:
         _fail(str(error), error.exit_code)
     except KeyboardInterrupt:
         _fail("interrupted", Interrupted.exit_code)
+    except _Terminated:
+        _fail("stopped by SIGTERM; the same command with resume=auto goes on", SavedOnSignal.exit_code)
     except MemoryError:
         _fail("out of memory; lower trainer.micro_batch_size or data.max_length", OutOfMemoryError.exit_code)
 
@@ -100,7 +126,7 @@ def _main(command: Command, extras: dict[str, tuple[str, ...]] | None = None) ->
 
     # Hydra would print its own, longer message and always exit with 1.
     os.environ["HYDRA_FULL_ERROR"] = "1"
-    sys.argv[1:] = normalised(sys.argv[1:])
+    sys.argv[1:] = ordered(normalised(sys.argv[1:]))
     register()
     refused: list[LoramoeError] = []
 
@@ -131,19 +157,34 @@ def _is_sweep() -> bool:
 def normalised(arguments: Sequence[str]) -> list[str]:
     """The arguments with Hydra's `+` where it is a formality: before `recipe=`, and before keys below a free mapping
     (`trainer.stages.mine.steps=5`, `data.sampling.weights.gsm8k=2`), which the schema cannot list.
+
+    A free mapping that is given whole (`trainer.stages={...}`) replaces the recipe's, where Hydra would merge the two.
     """
     from loramoe_train.schema.run import free_mappings
 
     free = tuple(free_mappings())
-
-    def one(argument: str) -> str:
-        key = argument.partition("=")[0]
+    found: list[str] = []
+    for argument in arguments:
+        key, equals, value = argument.partition("=")
+        whole = key in free and "." in key
         if key == "recipe":
-            return f"+{argument}"
-        below = any(key.startswith(f"{name}.") or (key == name and "." in name) for name in free)
-        return f"++{argument}" if below and "=" in argument else argument
+            found.append(f"+{argument}")
+        elif whole and value.startswith("{"):
+            found += [f"~{key}", f"++{argument}"]
+        elif equals and (whole or any(key.startswith(f"{name}.") for name in free)):
+            found.append(f"++{argument}")
+        else:
+            found.append(argument)
+    return found
 
-    return [one(argument) for argument in arguments]
+
+def ordered(arguments: Sequence[str]) -> list[str]:
+    """Options such as `--multirun` before the overrides: Hydra's parser cannot take one in their midst."""
+
+    def is_override(argument: str) -> bool:
+        return not argument.startswith("-") and ("=" in argument or argument.startswith("~"))
+
+    return sorted(arguments, key=is_override)
 
 
 def register() -> None:

@@ -51,7 +51,7 @@ def apply_overrides(values: dict[str, Any], overrides: Sequence[str]) -> dict[st
                 config = OmegaConf.merge(config, layer)
             else:
                 config = OmegaConf.merge(config, OmegaConf.from_dotlist([f"{key}={value}"]))
-        except OmegaConfBaseException as error:
+        except (OmegaConfBaseException, yaml.YAMLError) as error:
             raise ConfigError(f"{text}: {str(error).splitlines()[0]}") from error
     plain: dict[str, Any] = OmegaConf.to_container(config, resolve=True)  # type: ignore[assignment]
     data = plain["data"]
@@ -72,13 +72,13 @@ def evaluate_folder(folder: Path, overrides: Sequence[str]) -> None:
     settle(config)
 
     from loramoe_train.models import load_tokenizer
-    from loramoe_train.run import evaluate_routed, finish, rebuild
+    from loramoe_train.run import evaluate_routed, finish, on_cpu, rebuild
     from loramoe_train.screen import quiet_libraries, screen
     from loramoe_train.training.accelerator import make_accelerator
 
     quiet_libraries()
     out = Path(config.run_dir) if config.run_dir else folder
-    accelerator = make_accelerator(config.trainer.model_copy(update={"trackers": []}), out)
+    accelerator = make_accelerator(config.trainer.model_copy(update={"trackers": []}), out, cpu=on_cpu())
     routed = rebuild(config, adapter, manifest, device=accelerator.device)
     console = screen(stderr=True) if accelerator.is_main_process else None
     outcome = evaluate_routed(config, routed, load_tokenizer(config.model), out, accelerator, console)

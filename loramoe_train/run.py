@@ -7,8 +7,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from accelerate import PartialState
-from accelerate.utils import broadcast_object_list
+from accelerate.utils import broadcast_object_list, parse_flag_from_env
 from rich.console import Console
 
 from loramoe_train.build import RoutedModel, attach, build_aux, plan_sites, read_adapters
@@ -20,7 +21,7 @@ from loramoe_train.evaluation.harness import compare
 from loramoe_train.evaluation.results import render_table, versions, write_results, write_samples
 from loramoe_train.experts import adapters as adapter_files
 from loramoe_train.models import base_identity, check_same_base, load_model, load_tokenizer
-from loramoe_train.rundir import RESULTS, claim, default_run_dir, newest_checkpoint
+from loramoe_train.rundir import RESULTS, claim, default_run_dir, newest_checkpoint, released_on_failure
 from loramoe_train.schema.run import RunConfig
 from loramoe_train.screen import quiet_libraries, screen
 from loramoe_train.settle import Settled, benchmark_names, settle
@@ -49,18 +50,17 @@ def train_run(config: RunConfig, settled: Settled) -> None:
     """Train as configured, then score base and tuned model. Raises LoramoeError with its exit code."""
     started = time.perf_counter()
     quiet_libraries()
-    state = PartialState()
+    state = PartialState(cpu=on_cpu())
     run_dir = Path(_agreed(config.run_dir or default_run_dir()))
-    if state.is_main_process:
-        claim(run_dir, config)
+    fresh = claim(run_dir, config) if state.is_main_process else False
     state.wait_for_everyone()
     console = screen(stderr=True) if state.is_main_process else None
     resume = _agreed(newest_checkpoint(run_dir, config, lambda line: _say(console, line)))
-    accelerator = make_accelerator(config.trainer, run_dir)
+    accelerator = make_accelerator(config.trainer, run_dir, cpu=on_cpu())
     _say(console, f"run folder {run_dir}" + (f", continuing {resume.name}" if resume else ""))
 
-    check_batch_size(config.trainer.batch_size, config.trainer.micro_batch_size, state.num_processes)
-    with memory_errors("loading the model"):
+    with released_on_failure(run_dir, fresh=fresh), memory_errors("loading the model"):
+        check_batch_size(config.trainer.batch_size, config.trainer.micro_batch_size, state.num_processes)
         ready = prepare(config, settled, device=accelerator.device)
     _describe(console, ready)
     start_trackers(accelerator, config.trainer, run_dir, config.plain())
@@ -79,11 +79,11 @@ def train_run(config: RunConfig, settled: Settled) -> None:
             _say(console, f"note: {cut} examples of {task} were cut to data.max_length={config.data.max_length} tokens")
     if state.is_main_process:
         ready.parts.save_adapter(run_dir)
-    accelerator.end_training()
     outcome = evaluate_routed(config, ready.routed, ready.tokenizer, run_dir, accelerator, console)
     if state.is_main_process:
         extra = {"training": summary.plain(), "run_dir": str(run_dir), "command": sys.argv, **_recipe()}
         finish(config, run_dir, outcome, time.perf_counter() - started, extra)
+    accelerator.end_training()  # last: it also takes the processes apart, and evaluation is shared among them
 
 
 def prepare(config: RunConfig, settled: Settled, *, device: Any) -> Prepared:
@@ -188,6 +188,15 @@ def show_data(config: RunConfig, *, n: int = 2, ids: bool = False) -> None:
     settled = settle(config, check_files=False)
     tokenizer = load_tokenizer(config.model)
     show(config.data, tokenizer, n=n, ids=ids, console=screen(), seed=config.seed, max_positions=settled.max_positions)
+
+
+def on_cpu() -> bool:
+    """Whether the run stays on the CPU: asked for with ACCELERATE_USE_CPU, or there is nothing else.
+
+    accelerate wants to be told: otherwise two processes on a machine without a GPU both take themselves for the only
+    one, and write into one folder.
+    """
+    return parse_flag_from_env("ACCELERATE_USE_CPU") or not torch.accelerator.is_available()
 
 
 def _agreed(value: Any) -> Any:

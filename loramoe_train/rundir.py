@@ -1,18 +1,21 @@
 """The folder of a run: who may write into it, and what a later start finds there."""
 
 import json
-from collections.abc import Callable
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from datetime import datetime
 from pathlib import Path
 from typing import Any
 
 import yaml
 
-from loramoe_train.errors import ConfigError, DataError
+from loramoe_train.errors import ConfigError, DataError, MissingFileError
 from loramoe_train.files import write_bytes
 from loramoe_train.schema.run import RunConfig
 
 RESOLVED, RESULTS = "config.resolved.yaml", "results.json"
+OUTPUTS = ("adapter.safetensors", "adapter.json", "metrics.jsonl", "checkpoints", RESULTS)  # besides RESOLVED
 # What may change when a run continues: where it is, how it reports, and what happens after training.
 FREE = (
     "run_dir",
@@ -35,24 +38,68 @@ def default_run_dir() -> str:
     return f"outputs/{datetime.now():%Y-%m-%d_%H-%M-%S}"
 
 
-def claim(run_dir: Path, config: RunConfig) -> None:
-    """Make the folder this run's own and write the resolved config into it.
+def check_places(config: RunConfig) -> None:
+    """Raise for a place that a run cannot use, before anything heavy is imported and without writing anything.
 
-    Raises ConfigError when it cannot be written, holds another run, or holds this run under a config that differs in
-    something that would change the result.
+    Raises ConfigError for the run folder (see `claim`), MissingFileError for what is to be read and is not there.
     """
-    stored = run_dir / RESOLVED
-    if stored.is_file():
+    if config.run_dir is not None:
+        check_claim(Path(config.run_dir), config)
+    named = [("init_from", config.init_from), ("resume", None if config.resume == "auto" else config.resume)]
+    for key, path in [*named, *(("experts.adapters", path) for path in config.experts.adapters)]:
+        if path is not None and not Path(path).exists():
+            what = "checkpoint (give a folder, or resume=auto)" if key == "resume" else "folder"
+            raise MissingFileError(f"{key}={path} does not exist: there is no such {what}")
+
+
+def check_claim(run_dir: Path, config: RunConfig) -> None:
+    """Raise ConfigError where `claim` would refuse the folder. Writes nothing."""
+    place = next(path for path in (run_dir, *run_dir.absolute().parents) if path.exists())
+    if not place.is_dir():
+        raise ConfigError(f"run_dir={run_dir} cannot be written: {place} is a file; give a folder")
+    if not os.access(place, os.W_OK | os.X_OK):
+        raise ConfigError(f"run_dir={run_dir} cannot be written: no permission to write into {place}")
+    if (run_dir / RESOLVED).is_file():
         if config.resume is None:
             raise ConfigError(
                 f"run_dir={run_dir} holds another run; resume=auto continues it, another run_dir starts a new one"
             )
-        _check_same(stored, config)
+        return _check_same(run_dir / RESOLVED, config)
+    for name in OUTPUTS:
+        if (run_dir / name).exists():
+            raise ConfigError(
+                f"run_dir={run_dir} holds {name} but no {RESOLVED}, so it is no run; give another run_dir"
+            )
+
+
+def claim(run_dir: Path, config: RunConfig) -> bool:
+    """Make the folder this run's own and write the resolved config into it; whether it was free before.
+
+    Raises ConfigError when it cannot be written, holds another run, or holds this run under a config that differs in
+    something that would change the result.
+    """
+    check_claim(run_dir, config)
+    stored = run_dir / RESOLVED
+    fresh = not stored.exists()
     try:
         run_dir.mkdir(parents=True, exist_ok=True)
         write_bytes(stored, yaml.safe_dump(config.plain(), sort_keys=False, allow_unicode=True).encode())
     except OSError as error:
         raise ConfigError(f"run_dir={run_dir} cannot be written: {error.strerror}") from error
+    return fresh
+
+
+@contextmanager
+def released_on_failure(run_dir: Path, *, fresh: bool) -> Iterator[None]:
+    """Give a folder back that was claimed for a run which cannot start, so that the corrected command may use it."""
+    try:
+        yield
+    except BaseException:
+        if fresh:
+            (run_dir / RESOLVED).unlink(missing_ok=True)
+            with suppress(OSError):  # the user's own files may be there
+                run_dir.rmdir()
+        raise
 
 
 def _check_same(stored: Path, config: RunConfig) -> None:

@@ -41,6 +41,8 @@ def _one_line(error: ValidationError) -> str:
     if first["type"] == "literal_error":
         expected = str(first["ctx"]["expected"]).replace("'", "").replace(" or ", ", ").split(", ")
         message = f"must be one of {', '.join(expected)}{nearest(str(first['input']), expected).split('; known')[0]}"
+    if first["type"] == "list_type":
+        message = f"must be a list; write {key}=[{_shown(first['input'])}]"
     return f"{key}={_shown(first['input'])}: {message}{more}"
 
 

@@ -3,20 +3,84 @@
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
+
+# a run of seconds: few rows, short steps, no evaluation unless a test asks for it
+SMALL = (
+    "trainer.batch_size=4",
+    "trainer.micro_batch_size=2",
+    "trainer.log_every=1",
+    "data.max_examples=32",
+    "data.validation_examples=2",
+)
+NO_EVAL = "eval.enabled=false"
 
 
 def run_cli(
     command: str, *arguments: str, cwd: Path, timeout: float = 300, **environment: str
 ) -> subprocess.CompletedProcess:
     """`loramoe-COMMAND ARGUMENTS` with captured text output; never raises for a failing exit code."""
-    env = os.environ | {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
-    code = f"import sys; sys.argv[0] = 'loramoe-{command}'; from loramoe_train import cli; cli.{command}()"
-    return subprocess.run(
-        [sys.executable, "-c", code, *arguments],
+    started = start_cli(command, *arguments, cwd=cwd, **environment)
+    try:
+        stdout, stderr = started.communicate(timeout=timeout)
+    except subprocess.TimeoutExpired:
+        started.kill()
+        stdout, stderr = started.communicate()
+        raise AssertionError(f"no end after {timeout} s; stderr so far: {stderr[-2000:]}") from None
+    return subprocess.CompletedProcess(started.args, started.returncode, stdout, stderr)
+
+
+def start_cli(
+    command: str,
+    *arguments: str,
+    cwd: Path,
+    processes: int = 1,
+    setup: Callable[[], None] | None = None,
+    **environment: str,
+) -> subprocess.Popen:
+    """The same, still running; with `processes` above 1 under torch's launcher on the CPU.
+
+    `setup` runs in the new process first. The launcher wants a file, so this one is started rather than `-c`.
+    """
+    env = os.environ | {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1", "OMP_NUM_THREADS": "1"} | environment
+    launcher = [sys.executable]
+    if processes > 1:
+        launcher += ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
+        env["ACCELERATE_USE_CPU"] = "true"
+    return subprocess.Popen(
+        [*launcher, str(Path(__file__).resolve()), command, *arguments],
         cwd=cwd,
-        env=env | environment,
-        capture_output=True,
+        env=env,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
         text=True,
-        timeout=timeout,
+        preexec_fn=setup,
     )
+
+
+def check_refused(done: subprocess.CompletedProcess, code: int, *words: str) -> str:
+    """The one line of a refusal: right exit code, nothing but it in our own words, every one of `words` in it.
+
+    Lines of progress before it are allowed; a traceback is not.
+    """
+    assert done.returncode == code, done.stderr
+    assert "Traceback" not in done.stderr + done.stdout, done.stderr
+    ours = [line for line in done.stderr.splitlines() if line.startswith("loramoe: ")]
+    assert len(ours) == 1 and done.stderr.rstrip().endswith(ours[0]), done.stderr
+    for word in words:
+        assert word in ours[0], f"{word!r} is not in: {ours[0]}"
+    return ours[0]
+
+
+def half_written(folder: Path) -> list[Path]:
+    """Files and folders that only a write in progress may leave."""
+    return [path for path in folder.rglob("*") if path.name.endswith((".tmp", ".old"))]
+
+
+if __name__ == "__main__":
+    from loramoe_train import cli
+
+    command = sys.argv.pop(1)
+    sys.argv[0] = f"loramoe-{command}"
+    getattr(cli, {"eval": "evaluate"}.get(command, command))()

@@ -1,9 +1,11 @@
 """Bad input on the command line: one clear line, the right exit code, before anything heavy is loaded."""
 
+import signal
 import time
 
 import pytest
 
+from loramoe_train.cli import _guard, normalised, ordered
 from tests.cli import run_cli
 
 RECIPE = "+recipe=lora_mixer"
@@ -43,6 +45,9 @@ RECIPE = "+recipe=lora_mixer"
         ([RECIPE, "+router.make.temprature=2"], 2, ["router.make.temprature", "did you mean 'temperature'"]),
         ([RECIPE, "trainer.max_steps=1"], 2, ["trainer.max_steps", "2 stages"]),
         (["+recipe=lora_mixer_plug_and_play"], 2, ["experts.adapters"]),
+        ([RECIPE, "data.tasks=tiny_math"], 2, ["data.tasks=[tiny_math]"]),
+        ([RECIPE, "trainer.lr=inf"], 2, ["trainer.lr=inf", "finite"]),
+        ([RECIPE, "trainer.stages={a: {train: [router]}}"], 2, ["trainer.stages.a.train.0=router", "'routers'"]),
         ([RECIPE, "no_equal_sign"], 2, ["no_equal_sign"]),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else None,
@@ -77,3 +82,30 @@ def test_help_lists_recipes_and_groups(tmp_path):
     done = run_cli("train", "--help", cwd=tmp_path)
     assert done.returncode == 0
     assert "recipe: " in done.stdout and "lora_mixer" in done.stdout and "router: " in done.stdout
+
+
+def test_overrides_in_the_form_that_hydra_wants():
+    whole = "trainer.stages={only: {train: [routers]}}"
+    assert normalised([whole]) == ["~trainer.stages", f"++{whole}"]  # replaces the recipe's stages
+    assert normalised(["recipe=lora", "trainer.stages.a.steps=5"]) == ["+recipe=lora", "++trainer.stages.a.steps=5"]
+    given = ["+recipe=lora", "--multirun", "seed=0,1", "--config-dir", "mine"]
+    assert ordered(given) == ["--multirun", "--config-dir", "mine", "+recipe=lora", "seed=0,1"]
+
+
+def test_a_folder_that_is_no_run_is_not_overwritten(tmp_path):
+    (tmp_path / "adapter.safetensors").write_text("precious")
+    done = run_cli("train", RECIPE, f"run_dir={tmp_path}", cwd=tmp_path)
+    assert done.returncode == 2 and "holds adapter.safetensors" in done.stderr
+    assert [path.name for path in tmp_path.iterdir()] == ["adapter.safetensors"]
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 75), (signal.SIGINT, 130)])
+def test_a_signal_outside_the_training_loop(number, code, capsys):
+    previous = signal.getsignal(signal.SIGTERM)
+    try:
+        with pytest.raises(SystemExit) as stopped:
+            _guard(lambda: signal.raise_signal(number))
+    finally:
+        signal.signal(signal.SIGTERM, previous)
+    assert stopped.value.code == code
+    assert capsys.readouterr().err.startswith("loramoe: ")

@@ -51,6 +51,7 @@ def load_model(config: ModelConfig, *, device: torch.device | str | None = None)
     _check_complete(report, source)
     _check_facts(architecture, model.config.to_dict(), source)
     model.requires_grad_(False)
+    _keep_differentiable(model)
     model.config.use_cache = True
     if config.gradient_checkpointing:
         _checkpoint_activations(model)
@@ -151,6 +152,15 @@ def _precision_arguments(config: ModelConfig, architecture: dict[str, Any]) -> d
         llm_int8_skip_modules=skipped,
     )
     return {"quantization_config": nf4}
+
+
+def _keep_differentiable(model: nn.Module) -> None:
+    """Forbid bitsandbytes its inference layout, into which the first evaluation on a CPU with AVX512-BF16 would turn
+    4-bit weights for good: the kernel for it has no backward pass, and gradients were lost with a warning only.
+    """
+    for module in model.modules():
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            module.support_avx512bf16_for_cpu = False
 
 
 def _require(package: str, setting: str, extra: str) -> None:

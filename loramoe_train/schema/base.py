@@ -4,9 +4,9 @@ from pydantic import BaseModel, ConfigDict
 
 
 class Strict(BaseModel):
-    """No unknown key, no silent conversion of text to numbers; frozen once validated."""
+    """No unknown key, no infinite number, no silent conversion of text to numbers; frozen once validated."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=False, protected_namespaces=())
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=False, protected_namespaces=(), allow_inf_nan=False)
 
 
 Part = dict[str, object]

@@ -83,6 +83,24 @@ def test_quantised_bases_on_the_cpu(quantization: str, kind: str, error: float, 
     assert 0 < (rough - exact).norm() / exact.norm() < error
 
 
+@pytest.mark.parametrize("quantization", ["nf4", "int8"])
+def test_gradients_pass_a_quantised_base_after_an_evaluation(quantization: str, quantisable: Path) -> None:
+    """On a CPU with AVX512-BF16 bitsandbytes packs 4-bit weights for inference, and then has no backward pass."""
+    pytest.importorskip("bitsandbytes")
+    model = load_model(config_for(quantisable, quantization=quantization))
+    layer = model.get_submodule("model.layers.0.self_attn.q_proj")
+    with torch.no_grad():
+        model(tokens())
+    model.train()
+    x = torch.randn(3, layer.in_features, generator=torch.Generator().manual_seed(0)).requires_grad_()
+    layer(x).sum().backward()
+    weight_OD = torch.cat([layer(row[None]).detach() for row in torch.eye(layer.in_features)]).T
+    expected_D = weight_OD.sum(dim=0)  # the layer is linear: the gradient of the sum, column by column
+    assert x.grad is not None and expected_D.norm() > 0
+    error = (x.grad - expected_D).norm() / (expected_D.norm() * 3**0.5)
+    assert error < 0.05, error
+
+
 @pytest.mark.parametrize("model_type", ["mamba", "falcon_mamba"])
 def test_state_space_models_load_plain_and_quantised(model_type: str, tmp_path: Path) -> None:
     pytest.importorskip("bitsandbytes")
