@@ -13,6 +13,8 @@ from loramoe_train.paths import CONFIGS
 from loramoe_train.schema.run import RunConfig
 from loramoe_train.validation import validate
 
+KEPT = ("training", "recipe", "command")  # what results.json says about the training stays when it is scored again
+
 
 def config_of(folder: Path, overrides: Sequence[str]) -> tuple[RunConfig, Path, dict[str, Any]]:
     """(config with `overrides` applied, adapter folder, manifest) of a run, checkpoint or adapter folder.
@@ -83,13 +85,15 @@ def evaluate_folder(folder: Path, overrides: Sequence[str]) -> None:
     console = screen(stderr=True) if accelerator.is_main_process else None
     outcome = evaluate_routed(config, routed, load_tokenizer(config.model), out, accelerator, console)
     if accelerator.is_main_process:
-        outcome["scores"] = {**_earlier_scores(out), **outcome["scores"]}
-        finish(config, out, outcome, time.perf_counter() - started, {"adapter": str(adapter)})
+        earlier = _earlier_results(out)
+        outcome["scores"] = {**earlier.get("scores", {}), **outcome["scores"]}
+        kept = {name: earlier[name] for name in KEPT if name in earlier}
+        finish(config, out, outcome, time.perf_counter() - started, {**kept, "adapter": str(adapter)})
 
 
-def _earlier_scores(folder: Path) -> dict[str, Any]:
-    """Scores that the folder holds already; those of benchmarks that were not run again are kept."""
+def _earlier_results(folder: Path) -> dict[str, Any]:
+    """What the folder's results.json holds already; scores of benchmarks that were not run again are kept."""
     from loramoe_train.evaluation.results import read_results
     from loramoe_train.rundir import RESULTS
 
-    return read_results(folder / RESULTS)["scores"] if (folder / RESULTS).is_file() else {}
+    return read_results(folder / RESULTS) if (folder / RESULTS).is_file() else {}

@@ -218,7 +218,7 @@ def _manifest_facts(config: RunConfig, mixture: Mixture, identity: dict[str, Any
 
 
 def finish(config: RunConfig, run_dir: Path, outcome: dict[str, Any], seconds: float, extra: dict[str, Any]) -> None:
-    """Write results.json and show the table. Scores of other benchmarks that the file holds already are kept."""
+    """Write results.json and show the table."""
     results = write_results(
         run_dir / RESULTS,
         scores=outcome["scores"],

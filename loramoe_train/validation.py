@@ -35,6 +35,9 @@ def _one_line(error: ValidationError) -> str:
     key, more = ".".join(location), f" (and {others} more)" if others else ""
     if first["type"] == "extra_forbidden":
         return f"unknown key {key}={_shown(first['input'])}{nearest(location[-1], _fields_at(location[:-1]))}{more}"
+    if first["type"] == "missing" and location[0] == "aux_loss" and location[-1] == "make":
+        name = ".".join(location[:-1])
+        return f"{name} has no make: no auxiliary loss of that name is chosen; e.g. aux_loss=[load_balance]{more}"
     if first["type"] == "missing":
         return f"{key} is missing; give it a value{more}"
     message = first["msg"].removeprefix("Value error, ").replace("Input should", "should")

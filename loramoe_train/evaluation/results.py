@@ -111,7 +111,8 @@ def render_table(results: Mapping[str, Any], console: Console) -> None:
         table.add_section()
         means = [_mean(scores, key) for key in ("base", "tuned", "difference")]
         table.add_row("mean", "", "", "", _cell(means[0]), _cell(means[1]), _cell(means[2], signed=True), style="bold")
-    console.print(table)
+    if scores:
+        console.print(table)
     for name, reason in results.get("skipped", {}).items():
         console.print(f"{name} skipped: {reason}", markup=False, highlight=False)
 
