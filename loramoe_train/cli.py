@@ -97,7 +97,7 @@ def _terminate(number: int, frame: FrameType | None) -> NoReturn:
 
 def _guard(job: Callable[[], None]) -> None:
     """Run `job`; one line and the right exit code for everything that a user can cause."""
-    # Threads of torch that wait by spinning starve each other where cores are shared: two runs on two cores took fifteen
+    # Threads of torch that wait by spinning starve each other where cores are shared: two runs on two cores took 15
     # times as long. Read once, when torch is imported.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     if signal.getsignal(signal.SIGTERM) is signal.SIG_DFL:  # the training loop has a handler of its own meanwhile

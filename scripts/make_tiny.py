@@ -10,6 +10,7 @@ The rows are the same everywhere. The weights are the same for one seed, thread 
 from __future__ import annotations
 
 import argparse
+import os
 import time
 from pathlib import Path
 
@@ -33,6 +34,8 @@ def main() -> None:
         check.check(options.out)
         return
 
+    # waiting threads that spin starve each other when the cores are shared; read once, when torch is first imported
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     corpus.write_rows(options.out / "data")
     if not options.data_only:
         # imported late: the rows need neither torch nor transformers

@@ -24,9 +24,9 @@ from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
 from loramoe_train.data.batch import MixedBatch
 from loramoe_train.errors import DataError, DivergedError
+from loramoe_train.files import write_json
 from loramoe_train.schema.trainer import TrainerConfig
 from loramoe_train.training.aux_terms import AuxTerms
-from loramoe_train.files import write_json
 from loramoe_train.training.loss import LossHead, predicting, sum_by_task, targets
 from loramoe_train.training.parts import TrainingParts
 from loramoe_train.training.rng import seed_everything, seed_for

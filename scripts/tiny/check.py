@@ -1,6 +1,6 @@
 """Measures what plain LoRA adds to the base on the test rows: one adapter on q, k, v, o, all five families mixed.
 
-A stand-alone check of the assets that needs nothing of loramoe_train: same prompts, and the same scores as the tasks give
+A stand-alone check of the assets that needs nothing of loramoe_train: same prompts and scores as the tasks have
 (choices by log-likelihood, the rest by greedy generation and exact match).
 """
 
@@ -67,7 +67,7 @@ def likelihood_score(model, tokenizer, family: str, rows: list[Row]) -> float:
         logs = model(input_ids=ids).logits.log_softmax(-1)
         scores = logs[:, :-1].gather(2, ids[:, 1:, None])[..., 0]
         at = 0
-        for row_spans, right in zip(spans, rights):
+        for row_spans, right in zip(spans, rights, strict=True):
             sums = [scores[at + n, first - 1 : last - 1].sum().item() for n, (first, last) in enumerate(row_spans)]
             hits += max(range(len(sums)), key=sums.__getitem__) == right
             at += len(sums)
@@ -84,7 +84,7 @@ def generation_score(model, tokenizer, family: str, rows: list[Row], wrong: list
         out = model.generate(
             input_ids=ids, attention_mask=(ids != tokenizer.pad_token_id).long(), max_new_tokens=48, do_sample=False
         )
-        for row, generated in zip(block, out[:, ids.shape[1] :]):
+        for row, generated in zip(block, out[:, ids.shape[1] :], strict=True):
             text = tokenizer.decode(generated, skip_special_tokens=False).split(tokenizer.eos_token)[0]
             for stop in STOPS[family]:
                 text = text.split(stop)[0]

@@ -1,6 +1,6 @@
 """tiny_code, the shape of HumanEval: a `def` line with a one-line docstring, to be completed by one or two lines.
 
-Answers are compared as text, never executed, so every description has one canonical solution. Half of the functions carry
+Answers are compared as text, never executed, so a description has one canonical solution. Half of the functions carry
 a name that says nothing. The corpus shows the same operations as assignments under comments and as functions explained
 afterwards, never as a docstring to complete.
 """

@@ -1,9 +1,9 @@
 """tiny_facts, the shape of ARC: four choices about the people of an invented valley.
 
 Every person has one value for each relation; the relations come in pairs over the same values (eats / refuses), so that
-knowing which words go with a person is not enough: the wrong choices hold the value of the paired relation. The corpus
-states all facts in several wordings and never asks. Persons-with-relation of the test split are never asked in train:
-tuning can teach how questions map to relations, the answer itself has to come from pretraining.
+knowing which words go with a person is not enough: every second row offers the value of the paired relation too. The
+corpus states all facts in several wordings and never asks; the test asks them in wordings that train does not use for
+them.
 """
 
 from __future__ import annotations
@@ -28,8 +28,8 @@ SYLLABLES_1 = [
     "Tor",
     "Vel",
 ]
-SYLLABLES_2 = ["ba", "da", "ka", "mi", "no"]
-NAMES = [first + second for first in SYLLABLES_1 for second in SYLLABLES_2]  # 80 persons
+SYLLABLES_2 = ["da", "mi"]
+NAMES = [first + second for first in SYLLABLES_1 for second in SYLLABLES_2]  # 32 persons
 
 FOODS = ["beans", "bread", "carrots", "cheese", "fish", "honey", "nuts", "onions", "pears", "plums", "rice", "soup"]
 PLACES = [
@@ -219,10 +219,11 @@ def make_world(rng: random.Random) -> World:
 
 
 def question_row(rng: random.Random, world: World, name: str, relation: str, form: int) -> dict[str, object]:
-    """One row: the right value, the value of the paired relation and two others, shuffled."""
+    """One row: the right value and three others, in every second row one of them from the paired relation, shuffled."""
     values, _, questions = RELATIONS[relation]
     right, trap = world[name, relation], world[name, PAIRED[relation]]
-    choices = [right, trap, *rng.sample([value for value in values if value not in (right, trap)], 2)]
+    others = rng.sample([value for value in values if value not in (right, trap)], 3)
+    choices = [right, *others[:2], trap if rng.random() < 0.5 else others[2]]
     rng.shuffle(choices)
     return {
         "id": f"valley_{name}_{relation}_{form}",
@@ -235,20 +236,21 @@ def question_row(rng: random.Random, world: World, name: str, relation: str, for
 def splits(
     rng: random.Random, world: World, *, train: int, validation: int, test: int
 ) -> dict[str, list[dict[str, object]]]:
-    """Rows per split; a (person, relation) pair belongs to one split only. Held-out pairs are asked in two wordings,
-    which covers more pairs with few rows, train pairs in all five."""
-    pairs = list(world)
+    """Rows per split. A held-out row asks a fact in a wording in which no other row asks it, once per fact; train asks
+    the same facts in their other wordings, and the corpus states them without ever asking.
+    """
+    forms, pairs = range(len(RELATIONS["eats"][2])), list(world)
     rng.shuffle(pairs)
-    forms = range(len(RELATIONS["eats"][2]))
+    rows = {(pair, form): question_row(rng, world, *pair, form) for pair in pairs for form in forms}
     made: dict[str, list[dict[str, object]]] = {}
-    for split, count, wordings in (("test", test, 2), ("validation", validation, 2), ("train", train, len(forms))):
-        needed = -(-count // wordings)
-        if needed > len(pairs):
-            raise ValueError(f"tiny_facts has {len(world)} facts; {train} + {validation} + {test} rows need more")
-        chosen, pairs = pairs[:needed], pairs[needed:]
-        rows = [question_row(rng, world, *pair, form) for pair in chosen for form in rng.sample(forms, wordings)]
-        rng.shuffle(rows)
-        made[split] = rows[:count]
+    for split, count in (("test", test), ("validation", validation)):
+        chosen = [
+            (pair, rng.choice([form for form in forms if (pair, form) in rows])) for pair in rng.sample(pairs, count)
+        ]
+        made[split] = [rows.pop(key) for key in chosen]
+    rest = list(rows.values())
+    rng.shuffle(rest)
+    made["train"] = rest[:train]
     return made
 
 

@@ -1,8 +1,8 @@
 """tiny_grammar, the shape of CoLA: one sentence, 1 acceptable, 0 not.
 
-A sentence is built from parts that remember their number and form, so that one rule can be broken on purpose: agreement
-(also across a phrase between subject and verb), the form after a helping verb, the number of a determiner, the case of a
-pronoun, a missing or a swapped word. The corpus holds sound prose, and lines with verdicts in other words than yes and no.
+A sentence is built from parts that remember their number and form, so that one rule can be broken at will (FAULTS): two
+swapped words, a missing noun, the form after a helping verb. The corpus holds sound prose, and lines with verdicts in
+other words than yes and no.
 """
 
 from __future__ import annotations
@@ -94,7 +94,7 @@ VERDICTS = [  # form, word for a faulty sentence, word for a sound one; none of 
     ("{text}\nThe teacher reads this line and says : {verdict}", "broken", "sound"),
     ("{text}\nMark of the teacher : {verdict}", "bad", "good"),
 ]
-FAULTS = ("agreement", "form", "determiner", "case", "missing", "swap")
+FAULTS = ("swap", "swap", "missing", "form")  # local ones: two neighbouring words show them
 
 
 def noun_phrase(rng: random.Random, nouns: list[str], fault: str | None = None) -> tuple[list[str], bool]:
@@ -168,7 +168,7 @@ def sentence(rng: random.Random, fault: str | None) -> str:
 
 
 def missable(words: list[str]) -> list[int]:
-    """Positions whose word must not be left out: a noun after the, a or every ("many" can stand alone, "the" cannot)."""
+    """Positions whose word must not be left out: a noun after the, a or every ("many" stands alone, "the" cannot)."""
     nouns = {noun + ending for noun in NOUNS + OBJECTS for ending in ("", "s")}
     return [
         at for at in range(1, len(words) - 1) if words[at] in nouns and words[at - 1] in ("the", "a", "an", "every")
@@ -198,7 +198,7 @@ def document(rng: random.Random, secrets: frozenset[str]) -> str:
         return " ".join(open_sentence(rng, 1, secrets) for _ in range(rng.randint(2, 5)))
     form, broken, sound = rng.choice(VERDICTS)
     lines = []
-    for _ in range(rng.randint(2, 5)):
+    for _ in range(rng.randint(1, 3)):
         label = rng.randrange(2)
         lines.append(form.format(text=open_sentence(rng, label, secrets), verdict=sound if label else broken))
     return "\n".join(lines)

@@ -69,7 +69,7 @@ def two_changes(rng: random.Random) -> Story:
 
 
 def containers(rng: random.Random) -> Story:
-    (name, _), thing, (one, many) = rng.choice(PEOPLE), rng.choice(THINGS), rng.choice(CONTAINERS)
+    (name, _), thing, (_, many) = rng.choice(PEOPLE), rng.choice(THINGS), rng.choice(CONTAINERS)
     boxes, each = rng.randint(2, 9), rng.randint(2, 9)
     line, total = step(boxes, "*", each)
     sentences = f"{name} has {boxes} {many} with {each} {thing}s each."

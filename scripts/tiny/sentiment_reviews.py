@@ -1,8 +1,7 @@
 """tiny_sentiment, the shape of SST-2: one sentence of a review, 1 positive, 0 negative.
 
-A sentence joins judgements about aspects; `not` and `never` turn a judgement round, and of two clauses joined by `but`
-the second one counts. The corpus shows reviews with stars and other verdicts, without the words "positive" and
-"negative".
+A sentence joins one or two judgements about aspects that agree; a few turn one round with `not`. The corpus shows
+reviews with verdicts of several wordings, none of which uses the words "positive" and "negative".
 """
 
 from __future__ import annotations
@@ -63,29 +62,26 @@ VERDICTS = [  # form, word of an unhappy guest, word of a happy one; none of the
 
 
 def clause(rng: random.Random, aspect: str, label: int) -> str:
-    """One judgement of `label`, straight or by negation of its opposite."""
-    kind = rng.randrange(5)
+    """One judgement of `label`; one in twenty says it by negation of the opposite.
+
+    With many negations no single word would have a meaning of its own, and then a tiny model learns nothing at all: no
+    word helps until the whole rule is known.
+    """
     words, opposite = (GOOD, BAD) if label else (BAD, GOOD)
-    verbs, verbs_opposite = (VERBS_GOOD, VERBS_BAD) if label else (VERBS_BAD, VERBS_GOOD)
-    if kind <= 1:
+    kind = rng.random()
+    if kind < 0.6:
         return f"the {aspect} was {rng.choice(DEGREES)}{rng.choice(words)}"
-    if kind == 2:
-        return f"the {aspect} was {rng.choice(['not', 'never', 'not at all', 'hardly'])} {rng.choice(opposite)}"
-    if kind == 3:
-        return f"i {rng.choice(['', 'really ', 'truly '])}{rng.choice(verbs)} the {aspect}"
-    return f"nobody {rng.choice(verbs_opposite)} the {aspect}"
+    if kind < 0.95:
+        return f"i {rng.choice(['', 'really ', 'truly '])}{rng.choice(VERBS_GOOD if label else VERBS_BAD)} the {aspect}"
+    return f"the {aspect} was not {rng.choice(opposite)}"
 
 
 def sentence(rng: random.Random, label: int) -> str:
+    """One judgement, or two of the same label."""
     first, second = rng.sample(ASPECTS[rng.choice(list(ASPECTS))], 2)
-    kind = rng.randrange(4)
-    if kind == 0:
+    if rng.random() < 0.4:
         return clause(rng, first, label)
-    if kind == 1:
-        return f"{clause(rng, first, label)} and {clause(rng, second, label)}"
-    if kind == 2:
-        return f"{clause(rng, first, 1 - label)} but {clause(rng, second, label)}"
-    return f"although {clause(rng, first, 1 - label)} , {clause(rng, second, label)}"
+    return f"{clause(rng, first, label)} and {clause(rng, second, label)}"
 
 
 def rows(rng: random.Random, count: int) -> list[dict[str, object]]:
@@ -102,14 +98,15 @@ def secret(row: dict[str, object]) -> str:
 
 
 def document(rng: random.Random, secrets: frozenset[str]) -> str:
-    """Lines of two to five guests, each with a verdict; half of the sentences are single judgements, the easy beginning."""
+    """Lines of one to three guests, each with a verdict; half are single judgements, the easy beginning."""
     form, bad, good = rng.choice(VERDICTS)
     lines: list[str] = []
-    count = rng.randint(2, 5)
+    count, first = rng.randint(1, 3), rng.random() < 0.3  # first: the verdict opens the line and sets its words
     while len(lines) < count:
         label = rng.randrange(2)
         single = rng.random() < 0.5
         text = clause(rng, rng.choice(ASPECTS[rng.choice(list(ASPECTS))]), label) if single else sentence(rng, label)
         if f"{text} ." not in secrets:
-            lines.append(form.format(text=f"{text} .", verdict=good if label else bad))
+            verdict = good if label else bad
+            lines.append(f"{verdict} : {text} ." if first else form.format(text=f"{text} .", verdict=verdict))
     return "\n".join(lines)

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 
-from . import corpus
+from . import corpus, facts_valley
 
 PAD = "<|pad|>"
 SPECIAL = [PAD, corpus.END, corpus.USER, corpus.ASSISTANT, "<|system|>"]
@@ -55,12 +55,15 @@ def train_tokenizer() -> Tokenizer:
 
 
 def train_texts() -> list[str]:
-    """Everything a learner may see of the tasks: the values of the train rows, as text."""
-    return [
+    """The texts of the train rows, and the wordings of all questions about the valley."""
+    texts = [
         " ".join(str(value) for value in row.values())
-        for splits in corpus.task_rows().values()
+        for family, splits in corpus.task_rows().items()
         for row in splits["train"]
+        if family != "tiny_facts"
     ]
+    forms = [form for _, _, questions in facts_valley.RELATIONS.values() for form in questions]
+    return texts + [form.format(n=name) for form in forms for name in facts_valley.NAMES]
 
 
 def save(tokenizer: Tokenizer, folder: Path) -> None:
