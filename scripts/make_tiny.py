@@ -1,6 +1,6 @@
 """Makes the embedded default again: the rows of five small task families, a tokenizer and a pretrained tiny base model.
 
-    python scripts/make_tiny.py                 # everything; the model takes about 25 minutes on two CPU cores
+    python scripts/make_tiny.py                 # everything; the model takes about 20 minutes on two shared CPU cores
     python scripts/make_tiny.py --data-only     # the rows alone, a second
     python scripts/make_tiny.py --check         # makes nothing; measures what LoRA adds to the base there
 
