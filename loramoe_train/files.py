@@ -6,6 +6,8 @@ import os
 from pathlib import Path
 from typing import Any
 
+from loramoe_train.errors import DataError, MissingFileError
+
 
 def sha256(path: Path) -> str:
     """Hex digest of a file's bytes."""
@@ -39,3 +41,18 @@ def write_bytes(path: Path, content: bytes) -> None:
 def write_json(path: Path, content: Any) -> None:
     """`content` as indented JSON; NaN is refused, because other readers of JSON refuse it too."""
     write_bytes(path, (json.dumps(content, indent=1, allow_nan=False) + "\n").encode())
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object. Raises DataError naming file and line when it is damaged, MissingFileError when unreadable."""
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise MissingFileError(f"cannot read {path}: {error.strerror}") from error
+    except json.JSONDecodeError as error:
+        raise DataError(f"{path}:{error.lineno} is not JSON: {error.msg}") from error
+    except UnicodeDecodeError as error:
+        raise DataError(f"{path} is not text: {error.reason} at byte {error.start}") from error
+    if not isinstance(value, dict):
+        raise DataError(f"{path} holds a {type(value).__name__}, not a JSON object")
+    return value

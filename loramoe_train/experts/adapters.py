@@ -6,7 +6,6 @@ identifies it. Reading is strict: another base, another layout, a missing or sur
 error with one line.
 """
 
-import json
 from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
@@ -19,7 +18,7 @@ from loramoe_train.errors import ConfigError, DataError, MissingFileError
 from loramoe_train.experts.linear import ExpertLinear
 from loramoe_train.experts.plan import ExpertSpec
 from loramoe_train.experts.sites import Site
-from loramoe_train.files import sha256, sync, write_json
+from loramoe_train.files import read_json, sha256, sync, write_json
 
 WEIGHTS, MANIFEST = "adapter.safetensors", "adapter.json"
 FORMAT, VERSION = "loramoe_train.adapter", 1
@@ -76,13 +75,8 @@ def find_adapter(path: str | Path, key: str) -> Path:
 def read_manifest(folder: Path) -> dict[str, Any]:
     """The checked manifest of an adapter folder."""
     path = folder / MANIFEST
-    try:
-        manifest = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise MissingFileError(f"cannot read {path}: {error.strerror}") from error
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise DataError(f"{path} is damaged: {error}") from error
-    if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
+    manifest = read_json(path)
+    if manifest.get("format") != FORMAT:
         raise DataError(f"{path} is not an adapter manifest of this program")
     if manifest.get("version") != VERSION:
         raise DataError(f"{path} has format version {manifest.get('version')}; this program reads version {VERSION}")

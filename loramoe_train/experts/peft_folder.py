@@ -24,6 +24,7 @@ import torch
 from torch import Tensor
 
 from loramoe_train.errors import ConfigError, DataError, MissingFileError, nearest
+from loramoe_train.files import read_json, sync
 
 CONFIG, WEIGHTS, PICKLE = "adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"
 PREFIX = "base_model.model."
@@ -190,16 +191,7 @@ def _require(folder: Path) -> Path:
 
 
 def _read_config(path: Path) -> dict[str, Any]:
-    try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise MissingFileError(f"cannot read {path}: {error.strerror}") from error
-    except json.JSONDecodeError as error:
-        raise DataError(f"{path}:{error.lineno} is not JSON: {error.msg}") from error
-    except UnicodeDecodeError as error:
-        raise DataError(f"{path} is not text: {error.reason} at byte {error.start}") from error
-    if not isinstance(config, dict):
-        raise DataError(f"{path} holds a {type(config).__name__}, not a JSON object")
+    config = read_json(path)
     for key, default in (("rank_pattern", {}), ("alpha_pattern", {})):
         config[key] = config.get(key) or default
         if not isinstance(config[key], dict):
@@ -329,23 +321,15 @@ def _write_folder(target: Path, config: Mapping[str, Any], tensors: Mapping[str,
         save_file(dict(tensors), aside / WEIGHTS, metadata={"format": "pt"})
         (aside / CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
         for name in (WEIGHTS, CONFIG):
-            _sync(aside / name)
+            sync(aside / name)
         aside.chmod(0o777 & ~_umask())  # mkdtemp makes private folders
         os.replace(aside, target)
-        _sync(target.parent)
+        sync(target.parent)
     except BaseException as error:
         shutil.rmtree(aside, ignore_errors=True)
         if isinstance(error, OSError):
             raise ConfigError(f"cannot write {target}: {error.strerror}") from error
         raise
-
-
-def _sync(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
 
 
 def _umask() -> int:

@@ -3,7 +3,8 @@
 from typing import Any
 
 from loramoe_train.errors import ConfigError, MissingFileError
-from loramoe_train.models.files import CONFIG, cached_file, fetch_command, model_folder, offline, read_json
+from loramoe_train.files import read_json
+from loramoe_train.models.files import CONFIG, cached_file, fetch_command, model_folder, offline
 from loramoe_train.schema.model import ModelConfig
 
 # one fact, several names: `attribute_map` of transformers' config classes

@@ -162,21 +162,6 @@ def _shards(index: Path) -> list[str]:
     return sorted(names)
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object. Raises DataError naming file and line when it is damaged, MissingFileError when unreadable."""
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise MissingFileError(f"cannot read {path}: {error.strerror}") from error
-    except json.JSONDecodeError as error:
-        raise DataError(f"{path}:{error.lineno} is not JSON: {error.msg}") from error
-    except UnicodeDecodeError as error:
-        raise DataError(f"{path} is not text: {error.reason} at byte {error.start}") from error
-    if not isinstance(value, dict):
-        raise DataError(f"{path} holds a {type(value).__name__}, not a JSON object")
-    return value
-
-
 def safetensors_header(path: Path) -> tuple[dict[str, Any], int]:
     """The header of a safetensors file (tensor name -> dtype, shape, data_offsets) and where the data begins, in bytes.
 

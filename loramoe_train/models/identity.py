@@ -12,7 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from loramoe_train.errors import ConfigError
-from loramoe_train.models.files import CONFIG, model_folder, read_json, safetensors_header, weight_files
+from loramoe_train.files import read_json
+from loramoe_train.models.files import CONFIG, model_folder, safetensors_header, weight_files
 from loramoe_train.schema.model import ModelConfig
 
 SAMPLE = 256  # bytes out of the middle of every tensor
