@@ -93,7 +93,10 @@ def _print_sites(console: Any, config: RunConfig, plan: Mapping[str, ExpertSpec]
         router += f" ({str(score['_target_']).rpartition('.')[2]})"
     table = Table(title=f"{config.model.name}: {len(plan)} sites", title_justify="left")
     for name in ("layers", "module", "kind", "in", "out", "experts", "rank", "top-k", "router"):
-        table.add_column(name, justify="left" if name in ("layers", "module", "kind", "router") else "right")
+        text = name in ("layers", "module", "kind", "router")
+        table.add_column(
+            name, justify="left" if text else "right", no_wrap=name == "module", min_width=8 if text else 0
+        )
 
     def shape(spec: ExpertSpec) -> tuple[Any, ...]:
         tail = spec.site.name.split(f".{spec.site.layer}.", 1)[-1]

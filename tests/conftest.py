@@ -1,6 +1,7 @@
 """Fixtures that several folders of tests share. Nothing here or in a test asks the network for anything."""
 
 import os
+import signal
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,9 @@ os.environ.update(HF_HUB_OFFLINE="1", HF_DATASETS_OFFLINE="1", HF_HOME=_CACHE.na
 os.environ.setdefault("WANDB_MODE", "offline")
 
 import pytest  # noqa: E402
+
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # a shell starts background jobs so; here Ctrl-C is under test
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 ROOT = Path(__file__).resolve().parents[1]
 END, USER, ASSISTANT, PAD, BEGIN = "<|end|>", "<|user|>", "<|assistant|>", "<|pad|>", "<|begin|>"

@@ -61,10 +61,10 @@ def test_rank_and_top_k_per_layer():
 
 
 def test_what_no_stage_trains_is_not_counted_as_trained():
-    found = counts("+recipe=lora_mixer", "trainer.stages={routers: {train: [routers]}}")
-    assert found.trained == found.experts + found.routers  # the recipe's stage `experts` is still there
-    only = counts("trainer.stages={routers: {train: [routers]}}")
-    assert only.trained == only.routers
+    both = counts("+recipe=lora_mixer")
+    assert both.trained == both.experts + both.routers
+    only = counts("+recipe=lora_mixer", "trainer.stages={routers: {train: [routers]}}")
+    assert only.trained == only.routers == both.routers
 
 
 def test_the_command_prints_every_part(tmp_path):
