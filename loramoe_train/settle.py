@@ -5,6 +5,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from loramoe_train.data.sampling import shares
 from loramoe_train.errors import ConfigError
 from loramoe_train.evaluation.check import check_benchmarks
 from loramoe_train.models.architecture import max_positions, num_layers, read_architecture
@@ -40,6 +41,7 @@ def settle(config: RunConfig, *, check_files: bool = True) -> Settled:
             f"data.max_length={config.data.max_length} exceeds the {positions} positions of {config.model.name};"
             f" give at most {positions}"
         )
+    shares(config.data.sampling, dict.fromkeys(config.data.tasks, 1))  # weights and schedules fit the tasks
     # Step counts need the data; what a stage says about itself does not.
     plan_stages(config.trainer, dict.fromkeys(config.trainer.stages, 1 << 30), aux_losses=config.aux_loss)
     if config.trainer.early_stopping is not None and config.data.validation_examples == 0:

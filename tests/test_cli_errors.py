@@ -35,6 +35,7 @@ RECIPE = "+recipe=lora_mixer"
         ([RECIPE, "router.scope=none"], 2, ["router.scope=none", "contradict"]),
         (["+recipe=lora", "experts.layout=4"], 2, ["experts.layout=4", "router.scope=none"]),
         ([RECIPE, "data.tasks=[gsm8k,colaa]"], 2, ["'colaa'", "did you mean 'cola'"]),
+        ([RECIPE, "data.sampling.strategy=weights", "data.sampling.weights.tiny_mth=1"], 2, ["tiny_mth", "tiny_math"]),
         ([RECIPE, "data.tasks=[]"], 2, ["data", "empty"]),
         ([RECIPE, "data.max_length=100000"], 2, ["data.max_length=100000", "512"]),
         ([RECIPE, "model.path=/does/not/exist"], 3, ["model.path=/does/not/exist"]),
