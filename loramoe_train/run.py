@@ -20,7 +20,7 @@ from loramoe_train.data.stage import MixtureStage, check_batch_size
 from loramoe_train.evaluation.harness import compare
 from loramoe_train.evaluation.results import render_table, versions, write_results, write_samples
 from loramoe_train.experts import adapters as adapter_files
-from loramoe_train.models import base_identity, check_same_base, load_model, load_tokenizer
+from loramoe_train.models import base_identity, check_same_base, load_model, load_tokenizer, meta_model
 from loramoe_train.rundir import RESULTS, claim, default_run_dir, newest_checkpoint, released_on_failure
 from loramoe_train.schema.run import RunConfig
 from loramoe_train.screen import quiet_libraries, screen
@@ -133,6 +133,7 @@ def prepare(config: RunConfig, settled: Settled, *, device: Any) -> Prepared:
 def build_routed(config: RunConfig, domains: Sequence[str], *, device: Any) -> RoutedModel:
     """The base model on `device` with the configured experts."""
     imported = read_adapters(config)
+    plan_sites(config, meta_model(config.model), domains, imported)  # a site that does not exist costs no loading
     model = load_model(config.model, device=device)
     plan = plan_sites(config, model, domains, imported)
     return attach(config, model, plan, num_domains=len(domains), adapters=imported)
