@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from loramoe_train.errors import ConfigError, nearest
-from loramoe_train.experts.inject import inject, trainable_groups
+from loramoe_train.experts.inject import inject, share_inputs, trainable_groups
 from loramoe_train.experts.linear import ExpertLinear
 from loramoe_train.experts.peft_folder import LoraAdapter, read_peft_folder
 from loramoe_train.experts.plan import ExpertSpec, plan_experts, plan_imported
@@ -104,6 +104,7 @@ def attach(
     def make_bank(spec: ExpertSpec, device: torch.device) -> Any:
         shape = {"d_in": spec.site.in_features, "d_out": spec.site.out_features}
         shape |= {"ranks": spec.ranks, "scales": spec.scales, "dropout": config.experts.dropout}
+        shape |= {"form": config.experts.form, "keep_hidden": config.experts.keep_hidden}
         return make(config.experts.make, "experts.make", spec, device, **shape)
 
     def make_router(spec: ExpertSpec, device: torch.device) -> nn.Module | None:
@@ -114,12 +115,13 @@ def attach(
 
     layers = inject(model, plan, make_bank=make_bank, make_router=make_router, context=context)
     adapt_mixers(model, layers)
+    share_inputs(model, layers, context)
     for expert, adapter in enumerate(adapters):
         for name, pair in adapter.modules.items():
             bank = layers[name].bank
             with torch.no_grad():
-                bank.down[bank.columns(expert)] = pair.down.to(bank.down.device)
-                bank.up[:, bank.columns(expert)] = pair.up.to(bank.up.device)
+                bank.down[bank.rows(expert)] = pair.down.to(bank.down.device)
+                bank.up[bank.rows(expert)] = pair.up.T.to(bank.up.device)
     return RoutedModel(model, context, dict(plan), layers)
 
 

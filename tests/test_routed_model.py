@@ -11,6 +11,7 @@ from loramoe_train.build import RoutedModel, attach, build_aux, plan_sites
 from loramoe_train.errors import ConfigError
 from loramoe_train.experts.adapters import load_weights, plan_of, read_manifest, read_weights, save_adapter
 from loramoe_train.experts.peft_folder import read_peft_folder
+from loramoe_train.routers.router import Policy
 from loramoe_train.routing.types import Tokens
 from loramoe_train.schema.run import RunConfig
 from tests.composing import composed
@@ -108,8 +109,8 @@ def test_hard_routing_of_a_mixed_batch_is_separate_loras(kind):
         with torch.no_grad():
             for site, layer in alone.layers.items():
                 bank = routed.layers[site].bank
-                layer.bank.down.copy_(bank.down[bank.columns(domain)])
-                layer.bank.up.copy_(bank.up[:, bank.columns(domain)])
+                layer.bank.down.copy_(bank.down[bank.rows(domain)])
+                layer.bank.up.copy_(bank.up[bank.rows(domain)])
         alone.model.train()
         own = ids[row : row + 1]
         with alone.context.open(facts(own)):
@@ -119,8 +120,8 @@ def test_hard_routing_of_a_mixed_batch_is_separate_loras(kind):
         for site, layer in alone.layers.items():
             bank = routed.layers[site].bank
             for ours, theirs in (
-                (bank.down.grad[bank.columns(domain)], layer.bank.down.grad),
-                (bank.up.grad[:, bank.columns(domain)], layer.bank.up.grad),
+                (bank.down.grad[bank.rows(domain)], layer.bank.down.grad),
+                (bank.up.grad[bank.rows(domain)], layer.bank.up.grad),
             ):
                 assert theirs.abs().sum() > 0, site
                 torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-4)
@@ -239,12 +240,8 @@ def test_each_imported_adapter_alone_is_what_peft_makes_of_it(imported):
         routed = route(copy.deepcopy(base), config, adapters)
         with torch.no_grad():
             for layer in routed.layers.values():
-                layer.router.policies = {
-                    mode: lambda p, e=number: torch.nn.functional.one_hot(
-                        torch.full((p.shape[0],), e), p.shape[1]
-                    ).float()
-                    for mode in (True, False)
-                }
+                only = Policy(lambda p, e=number: torch.arange(p.shape[-1]).expand_as(p) == e, "unit")
+                layer.router.policies = {True: only, False: only}
             torch.testing.assert_close(
                 routed.model.eval()(ids).logits, peft_logits(base, folder, ids), rtol=1e-4, atol=1e-5
             )

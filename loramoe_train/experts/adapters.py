@@ -1,7 +1,7 @@
 """Our adapter on disk: `adapter.safetensors` with every bank and router, and `adapter.json` to rebuild them from.
 
-Tensor names are `<site>.bank.down` (R, D), `<site>.bank.up` (O, R) and `<site>.router.*`, float32; a site's experts lie
-side by side in rank order, with the ranks and scales in the manifest. The frozen base is never stored, only what
+Tensor names are `<site>.bank.down` (R, D), `<site>.bank.up` (R, O) and `<site>.router.*`, float32; a site's experts lie
+one below the other, with the ranks and scales in the manifest. The frozen base is never stored, only what
 identifies it. Reading is strict: another base, another layout, a missing or surplus tensor or a damaged file is an
 error with one line.
 """
@@ -21,17 +21,17 @@ from loramoe_train.experts.sites import Site
 from loramoe_train.files import read_json, sha256, sync, write_json
 
 WEIGHTS, MANIFEST = "adapter.safetensors", "adapter.json"
-FORMAT, VERSION = "loramoe_train.adapter", 1
+FORMAT, VERSION = "loramoe_train.adapter", 2
 
 
 def adapter_tensors(layers: Mapping[str, ExpertLinear]) -> dict[str, Tensor]:
     """Every stored tensor by name; the model's own storage, not copies."""
     found = {}
     for site, layer in layers.items():
-        found.update({f"{site}.bank.{name}": p.data for name, p in layer.bank.named_parameters()})
+        found.update({f"{site}.bank.{name}": p.detach() for name, p in layer.bank.named_parameters()})
         if layer.router is not None:
             found.update(
-                {f"{site}.router.{name}": t.data for name, t in layer.router.state_dict(keep_vars=True).items()}
+                {f"{site}.router.{name}": t.detach() for name, t in layer.router.state_dict(keep_vars=True).items()}
             )
     return found
 

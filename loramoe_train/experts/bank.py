@@ -1,12 +1,13 @@
 """All experts of one linear layer, side by side in two stacked tensors.
 
-Expert e is a LoRA pair (down_e (R_e, D), up_e (O, R_e)) with scale s_e. The bank computes
+Expert e is a LoRA pair (down_e (R_e, D), up_e (R_e, O)) with scale s_e; the bank adds
 
-    delta(x) = sum_e w_e s_e up_e down_e x = up ((down x) * column weights)
+    delta(x) = sum_e w_e s_e up_e^T down_e x
 
-with down (R, D) and up (O, R), R = sum_e R_e: two narrow matrix products whatever the number of experts, and no
-per-expert output is ever stored. Ranks may differ; an expert of rank 0 contributes nothing but can be chosen. A weight
-of zero gives a zero gradient, never None, so that data-parallel training needs no special care for idle experts.
+with down (R, D) and up (R, O), R = sum_e R_e. Both are stored with an expert's rows together, which is what the fast
+forms read (`concatenated.py`, `grouped.py`; `forms.py` says which when). Ranks may differ; an expert of rank 0
+contributes nothing but can be chosen. A weight of zero gives a zero gradient, never None, so that data-parallel
+training needs no special care for idle experts.
 
 Legend: N tokens, D in, O out, E experts, R sum of ranks.
 """
@@ -16,7 +17,11 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
+
+from loramoe_train.experts.concatenated import Again, add_experts
+from loramoe_train.experts.forms import Form, FormChoice, choose_form
+from loramoe_train.experts.grouped import add_grouped
+from loramoe_train.experts.shared import SeenInput
 
 
 class ExpertBank(nn.Module):
@@ -30,25 +35,27 @@ class ExpertBank(nn.Module):
         ranks: Sequence[int],
         scales: Sequence[float],
         dropout: float = 0.0,
+        form: FormChoice = "auto",
+        keep_hidden: bool = False,
         device: torch.device | str | None = None,
         generator: torch.Generator | None = None,
     ) -> None:
+        """`keep_hidden`: the narrow intermediate stays for backward; otherwise it is computed again there."""
         super().__init__()
         if not ranks or min(ranks) < 0 or len(ranks) != len(scales):
             raise ValueError(
                 f"an expert bank needs one non-negative rank and one scale per expert, got {ranks}, {scales}"
             )
         self.d_in, self.d_out, self.ranks, self.scales = d_in, d_out, tuple(ranks), tuple(scales)
+        self.dropout, self.form, self.keep_hidden = dropout, form, keep_hidden
         total = sum(ranks)
         self.down = nn.Parameter(torch.empty(total, d_in, device=device, dtype=torch.float32))
-        self.up = nn.Parameter(torch.zeros(d_out, total, device=device, dtype=torch.float32))
-        self.dropout = nn.Dropout(dropout)
-        expert_of_column = torch.tensor(
-            [expert for expert, rank in enumerate(ranks) for _ in range(rank)], dtype=torch.long
-        )
-        self.register_buffer("expert_R", expert_of_column.to(device), persistent=False)
-        scale_of_column = torch.tensor([scale for scale, rank in zip(scales, ranks, strict=True) for _ in range(rank)])
-        self.register_buffer("scale_R", scale_of_column.to(device), persistent=False)
+        self.up = nn.Parameter(torch.zeros(total, d_out, device=device, dtype=torch.float32))
+        self.register_buffer("scale_E", torch.tensor(scales, dtype=torch.float32, device=device), persistent=False)
+        # experts of equal rank need no map from column to expert
+        ragged = [expert for expert, rank in enumerate(ranks) for _ in range(rank)] if len(set(ranks)) > 1 else None
+        columns = None if ragged is None else torch.tensor(ragged, dtype=torch.long, device=device)
+        self.register_buffer("expert_R", columns, persistent=False)
         if self.down.device.type != "meta":
             bound = 1.0 / math.sqrt(d_in)  # kaiming_uniform with a = sqrt(5)
             with torch.no_grad():
@@ -58,23 +65,39 @@ class ExpertBank(nn.Module):
     def num_experts(self) -> int:
         return len(self.ranks)
 
-    def forward(self, x_ND: Tensor, weights_NE: Tensor | None) -> Tensor:
-        """(N, O) in the dtype of x. `weights_NE` float32; None gives every expert weight 1."""
-        # Frozen experts (downloaded ones, or those of an earlier stage) are used as they will be at inference.
-        kept_ND = self.dropout(x_ND) if self.down.requires_grad else x_ND
-        hidden_NR = functional.linear(kept_ND, self.down.to(x_ND.dtype))
-        columns = self.scale_R if weights_NE is None else weights_NE[:, self.expert_R] * self.scale_R
-        return functional.linear(hidden_NR * columns.to(hidden_NR.dtype), self.up.to(x_ND.dtype))
+    @property
+    def active_dropout(self) -> float:
+        """Frozen experts (downloaded ones, or those of an earlier stage) are used as they will be at inference."""
+        return self.dropout if self.training and self.down.requires_grad else 0.0
 
-    def columns(self, expert: int) -> slice:
-        """Which rank columns belong to an expert."""
+    def form_for(self, most: int | None, tokens: int) -> Form:
+        """How the experts are computed for a pass over `tokens` tokens with at most `most` experts each."""
+        return choose_form(self.form, ranks=self.ranks, most=most, tokens=tokens, device=self.down.device)
+
+    def add_to(self, y: Tensor, seen: SeenInput) -> Tensor:
+        """y (..., O) plus the experts' weighted outputs, in place where y allows it."""
+        if sum(self.ranks) == 0:
+            return y
+        if seen.hidden_NR is None:
+            stacked = (self.num_experts, self.ranks[0])
+            down_ERD, up_ERO = self.down.unflatten(0, stacked), self.up.unflatten(0, stacked)
+            weights_NE = seen.routing.weights_NE
+            return add_grouped(
+                y, seen.x_ND, weights_NE, down_ERD, up_ERO, self.scale_E, seen.most, seen.kept, seen.dtype
+            )
+        weights_NE = None if seen.unweighted else seen.routing.weights_NE
+        again = None if self.keep_hidden else Again(seen.x_ND, self.down, seen.kept)
+        return add_experts(y, seen.hidden_NR, weights_NE, self.up, self.scale_E, self.expert_R, again)
+
+    def rows(self, expert: int) -> slice:
+        """Which rows of `down` and `up` belong to an expert."""
         start = sum(self.ranks[:expert])
         return slice(start, start + self.ranks[expert])
 
     def delta(self, expert: int) -> Tensor:
         """(O, D) float32: what one expert with weight 1 adds to the weight; for merging, export and tests."""
-        own = self.columns(expert)
-        return self.scales[expert] * self.up[:, own] @ self.down[own]
+        own = self.rows(expert)
+        return self.scales[expert] * self.up[own].T @ self.down[own]
 
     def extra_repr(self) -> str:
         return f"in={self.d_in}, out={self.d_out}, ranks={self.ranks}"

@@ -3,10 +3,10 @@
 from collections.abc import Callable, Mapping
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from loramoe_train.experts.bank import ExpertBank
-from loramoe_train.experts.linear import ExpertLinear
+from loramoe_train.experts.linear import ExpertLinear, share
 from loramoe_train.experts.plan import ExpertSpec
 from loramoe_train.routing.context import RoutingContext
 
@@ -42,6 +42,38 @@ def inject(
         setattr(parent, attribute, layer)
         layers[name] = layer
     return layers
+
+
+def share_inputs(model: nn.Module, layers: Mapping[str, ExpertLinear], context: RoutingContext) -> list[list[str]]:
+    """Let sites that read the same tensor share their work; returns the groups of sites found, in call order.
+
+    Found by running two tokens through the model with the experts off and comparing the tensors that arrive. A model
+    that cannot be run like that shares nothing, which costs time and changes no result.
+    """
+    arrived: list[tuple[Tensor, str]] = []
+
+    def note(layer: nn.Module, args: tuple[Tensor, ...]) -> None:
+        arrived.append((args[0], layer.site))
+
+    hooks = [layer.register_forward_pre_hook(note) for layer in layers.values()]
+    training = model.training
+    try:
+        device = model.get_input_embeddings().weight.device
+        with torch.no_grad(), context.override("off"):
+            model.eval()(input_ids=torch.zeros(1, 2, dtype=torch.long, device=device), use_cache=False)
+    except Exception:  # whatever a model says to such an input, it is no reason not to train it
+        return []
+    finally:
+        model.train(training)
+        for hook in hooks:
+            hook.remove()
+    by_tensor: dict[int, list[str]] = {}  # by identity: the list keeps every tensor alive, so none is reused
+    for tensor, site in arrived:
+        by_tensor.setdefault(id(tensor), []).append(site)
+    groups = [sites for sites in by_tensor.values() if len(set(sites)) == len(sites) > 1]
+    for sites in groups:
+        share([layers[site] for site in sites])
+    return groups
 
 
 def trainable_groups(layers: Mapping[str, ExpertLinear]) -> dict[str, dict[str, nn.Parameter]]:

@@ -1,14 +1,18 @@
-"""A frozen linear layer with routed experts beside it: y = W x + sum_e w_e(x) s_e up_e down_e x.
+"""A frozen linear layer with routed experts beside it: y = W x + sum_e w_e(x) s_e up_e^T down_e x.
 
 The wrapper has no `.weight`: a fused kernel that reads the raw weight fails instead of ignoring the experts unnoticed.
 """
+
+from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from loramoe_train.experts.bank import ExpertBank
+from loramoe_train.experts.shared import SharedInput
 from loramoe_train.routing.context import RoutingContext
-from loramoe_train.routing.fixed import domain_weights, uniform_weights
+from loramoe_train.routing.fixed import domain_weights, most_per_domain, uniform_weights
 from loramoe_train.routing.types import Routing
 
 
@@ -21,6 +25,7 @@ class ExpertLinear(nn.Module):
         super().__init__()
         self.base, self.bank, self.router = base, bank, router
         self.site, self.context = site, context
+        self.shared = SharedInput([self])  # `share` puts it together with others
 
     @property
     def in_features(self) -> int:
@@ -31,17 +36,40 @@ class ExpertLinear(nn.Module):
         return self.bank.d_out
 
     def forward(self, x: Tensor) -> Tensor:
-        result = self.base(x)
+        y = self.base(x)
         if self.context.mode == "off":
-            return result
+            return y
         if self.training and not self.context.is_open:
             raise RuntimeError(f"{self.site}: training forward outside `with context.open(tokens):`")
-        x_ND = x.reshape(-1, x.shape[-1])
-        routing = self.decide(x_ND)
-        self.context.record(self.site, routing)
-        weights_NE = routing.weights_NE
-        delta_NO = self.bank(x_ND, weights_NE)
-        return result + delta_NO.view(*x.shape[:-1], -1).to(result.dtype)
+        seen = self.shared.see(self, x, y.dtype)
+        self.context.record(self.site, seen.routing)
+        return self.bank.add_to(y, seen)
+
+    def train(self, mode: bool = True) -> "ExpertLinear":
+        self.shared.forget()
+        return super().train(mode)
+
+    # -- routing -------------------------------------------------------------------------------------------------------
+
+    @property
+    def linear_score(self) -> tuple[Tensor, Tensor | None] | None:
+        """(weight, bias) of the router where it is asked and its logits are a linear map of the site's input."""
+        return self._offer("linear_score")
+
+    @property
+    def is_unweighted(self) -> bool:
+        """Whether every expert has weight 1: nothing is routed here."""
+        return self.context.mode == "learned" and self.router is None
+
+    def most_experts(self) -> int | None:
+        """The most experts that a token can have in the mode in force; None where that has no bound."""
+        if self.context.mode == "by_domain":
+            return most_per_domain(self.context.num_domains, self.bank.num_experts)
+        return self._offer("most")
+
+    def _offer(self, fact: str) -> Any:
+        """What a router may say about itself, so that less work is done; one that says nothing is asked per site."""
+        return getattr(self.router, fact, None) if self.context.mode == "learned" else None
 
     def decide(self, x_ND: Tensor) -> Routing:
         """The routing of the mode in force: learned, by domain, or uniform."""
@@ -52,5 +80,19 @@ class ExpertLinear(nn.Module):
         if self.context.mode == "uniform":
             return Routing(uniform_weights(x_ND, experts))
         if self.router is None:
-            return Routing(torch.ones(x_ND.shape[0], experts, dtype=torch.float32, device=x_ND.device))
+            return Routing(torch.ones(1, experts, dtype=torch.float32, device=x_ND.device).expand(x_ND.shape[0], -1))
         return self.router(x_ND, self.context)
+
+    def learned(self) -> Iterator[nn.Parameter]:
+        """The parameters of bank and router."""
+        yield from self.bank.parameters()
+        if self.router is not None:
+            yield from self.router.parameters()
+
+
+def share(members: list[ExpertLinear]) -> None:
+    """Let layers that read the same tensor share their work, in the order in which the model calls them."""
+    shared = SharedInput(members)
+    for member in members:
+        member.shared = shared
+    members[0].context.on_close.append(shared.forget_waiting)

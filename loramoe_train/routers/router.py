@@ -13,6 +13,7 @@ Legend: N tokens, D in, E experts.
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from inspect import isfunction
 from typing import Literal
 
 import torch
@@ -22,6 +23,7 @@ from loramoe_train.routing.context import RoutingContext
 from loramoe_train.routing.types import Routing
 
 Select = Callable[[Tensor], Tensor]  # p_NE -> bool (N, E)
+Normalise = Literal["softmax", "sigmoid"]
 Weight = Literal["probability", "renormalised", "unit"]
 
 
@@ -36,13 +38,39 @@ class Policy:
         if self.weight not in ("probability", "renormalised", "unit"):
             raise ValueError(f"weight must be probability, renormalised or unit, got '{self.weight}'")
 
-    def __call__(self, p_NE: Tensor) -> Tensor:
-        """(N, E) float32 weights, zero where an expert is not kept."""
-        kept_NE = self.select(p_NE)
+    @property
+    def most(self) -> int | None:
+        """The most experts that a token can keep; None without such a bound."""
+        return getattr(self.select, "top_k", None)
+
+    def is_like(self, other: "Policy") -> bool:
+        """Whether both take the same decision from the same probabilities."""
+        one, two = self.select, other.select
+        same = one is two or (type(one) is type(two) and not isfunction(one) and vars(one) == vars(two))
+        return same and self.weight == other.weight
+
+    def __call__(self, logits_NE: Tensor, normalise: Normalise) -> Tensor:
+        """(N, E) float32 weights, zero where an expert is not kept; differentiable where a weight depends on p."""
+        if getattr(self.select, "keeps_all", False):
+            p_NE = normalised(logits_NE, normalise)
+            if self.weight == "unit":
+                return torch.ones_like(p_NE)
+            renormalise = self.weight == "renormalised" and normalise == "sigmoid"
+            return p_NE / p_NE.sum(dim=-1, keepdim=True) if renormalise else p_NE
+        with torch.no_grad():
+            kept_NE = self.select(normalised(logits_NE, normalise))
         if self.weight == "unit":
-            return kept_NE.to(p_NE.dtype)
-        w_NE = p_NE * kept_NE
+            return kept_NE.to(logits_NE.dtype)
+        if self.weight == "renormalised" and normalise == "softmax":
+            # p over the sum of the kept p is the softmax over the kept logits, which keeps one tensor for backward
+            return logits_NE.masked_fill(~kept_NE, -torch.inf).softmax(dim=-1)
+        w_NE = normalised(logits_NE, normalise) * kept_NE
         return w_NE / w_NE.sum(dim=-1, keepdim=True) if self.weight == "renormalised" else w_NE
+
+
+def normalised(logits_NE: Tensor, how: Normalise) -> Tensor:
+    """Probabilities: a softmax over the experts, or each expert's own sigmoid."""
+    return logits_NE.softmax(dim=-1) if how == "softmax" else torch.sigmoid(logits_NE)
 
 
 class Router(nn.Module):
@@ -54,7 +82,7 @@ class Router(nn.Module):
         score: nn.Module,
         train: Policy,
         evaluate: Policy,
-        normalise: Literal["softmax", "sigmoid"] = "softmax",
+        normalise: Normalise = "softmax",
         temperature: float = 1.0,
     ) -> None:
         super().__init__()
@@ -65,7 +93,27 @@ class Router(nn.Module):
         self.score, self.normalise, self.temperature = score, normalise, temperature
         self.policies = {True: train, False: evaluate}
 
+    @property
+    def linear_score(self) -> tuple[Tensor, Tensor | None] | None:
+        """(weight (E, D), bias) where the logits before the temperature are a linear map of the input in float32."""
+        return self.score.linear if hasattr(self.score, "linear") else None
+
+    @property
+    def most(self) -> int | None:
+        """The most experts that a token can get in the present mode; None without such a bound."""
+        return self.policies[self.training].most
+
+    def is_like(self, other: nn.Module) -> bool:
+        """Whether both make the same weights of the same logits, so that they can be asked together."""
+        if type(self) is not type(other) or (self.normalise, self.temperature) != (other.normalise, other.temperature):
+            return False
+        return all(self.policies[mode].is_like(other.policies[mode]) for mode in self.policies)
+
     def forward(self, x_ND: Tensor, context: RoutingContext) -> Routing:
-        logits_NE = self.score(x_ND) / self.temperature
-        p_NE = logits_NE.softmax(dim=-1) if self.normalise == "softmax" else torch.sigmoid(logits_NE)
-        return Routing(self.policies[self.training](p_NE), logits_NE)
+        return self.decide(self.score(x_ND))
+
+    def decide(self, logits_NE: Tensor) -> Routing:
+        """The routing that follows from the scores; further dimensions may stand between N and E."""
+        if self.temperature != 1.0:
+            logits_NE = logits_NE / self.temperature
+        return Routing(self.policies[self.training](logits_NE, self.normalise), logits_NE)

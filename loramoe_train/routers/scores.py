@@ -40,7 +40,12 @@ class LinearScore(nn.Module):
                 bound = 1.0 / math.sqrt(d_in)
                 self.weight.uniform_(-bound, bound, generator=generator)
 
+    @property
+    def linear(self) -> tuple[Tensor, Tensor | None]:
+        """(weight (E, D), bias (E,) or None): lets sites that read the same input be scored in one product."""
+        return self.weight, self.bias
+
     def forward(self, x_ND: Tensor) -> Tensor:
         # Autocast would run this product in bf16 and change which experts win for about one token in a hundred.
         with torch.autocast(x_ND.device.type, enabled=False):
-            return functional.linear(x_ND.float(), self.weight, self.bias)
+            return functional.linear(x_ND.to(self.weight.dtype), self.weight, self.bias)

@@ -7,6 +7,8 @@ from torch import Tensor
 class All:
     """Every expert (soft routing)."""
 
+    keeps_all = True  # a router need not ask
+
     def __call__(self, p_NE: Tensor) -> Tensor:
         return torch.ones_like(p_NE, dtype=torch.bool)
 

@@ -9,7 +9,7 @@ decided. Three rules keep that honest:
 - In evaluation mode a closed context is fine: nothing is recorded, so a generation loop can just call the model.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Literal
 
@@ -25,6 +25,8 @@ class RoutingContext:
         self.num_domains = num_domains
         self.mode: Mode = "learned"
         self.records: dict[str, Routing] = {}
+        self.passes = 0  # how often the context was opened: what was computed in one pass is not used in another
+        self.on_close: list[Callable[[], None]] = []  # told when a pass has ended, also by an error
         self._tokens: Tokens | None = None
 
     @property
@@ -44,10 +46,13 @@ class RoutingContext:
         if self._tokens is not None:
             raise RuntimeError("the routing context is open already: close it after backward")
         self._tokens, self.records = tokens, {}
+        self.passes += 1
         try:
             yield self.records
         finally:
             self._tokens, self.records = None, {}
+            for tell in self.on_close:
+                tell()
 
     @contextmanager
     def override(self, mode: Mode) -> Iterator[None]:

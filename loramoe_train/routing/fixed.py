@@ -21,6 +21,11 @@ def domain_table(num_domains: int, num_experts: int) -> Tensor:
     return table / table.sum(dim=1, keepdim=True)
 
 
+def most_per_domain(num_domains: int, num_experts: int) -> int:
+    """The most experts that one domain owns."""
+    return -(-num_experts // num_domains)
+
+
 def domain_weights(domain_N: Tensor, num_domains: int, num_experts: int) -> Tensor:
     """(N, E) float32 for domain indices in [0, G); tokens of domain -1 (padding) use no expert."""
     table_GE = domain_table(num_domains, num_experts).to(domain_N.device)
@@ -29,4 +34,5 @@ def domain_weights(domain_N: Tensor, num_domains: int, num_experts: int) -> Tens
 
 def uniform_weights(x_ND: Tensor, num_experts: int) -> Tensor:
     """(N, E) float32, every expert 1/E."""
-    return torch.full((x_ND.shape[0], num_experts), 1.0 / num_experts, dtype=torch.float32, device=x_ND.device)
+    row_1E = torch.full((1, num_experts), 1.0 / num_experts, dtype=torch.float32, device=x_ND.device)
+    return row_1E.expand(x_ND.shape[0], -1)

@@ -106,17 +106,17 @@ def unmoved_experts(
 ) -> dict[str, list[int]]:
     """Site -> experts whose every gradient of the stage was exactly zero.
 
-    Read from AdamW's second moment of `<site>.bank.up` (O, sum of ranks), which holds the history at no cost and lives
-    in checkpoints; the bank's `ranks` say which columns are whose. 8-bit states are left out.
+    Read from AdamW's second moment of `<site>.bank.up` (sum of ranks, O), which holds the history at no cost and lives
+    in checkpoints; the bank's `ranks` say which rows are whose. 8-bit states are left out.
     """
     unmoved: dict[str, list[int]] = {}
     for name, parameter in experts.items():
         bank, _, last = name.rpartition(".")
         second_moment = optimizer.state.get(parameter, {}).get("exp_avg_sq")
         ranks = getattr(model.get_submodule(bank), "ranks", ())
-        if last != "up" or second_moment is None or sum(ranks) != parameter.shape[-1]:
+        if last != "up" or second_moment is None or sum(ranks) != parameter.shape[0]:
             continue
-        touched_R = second_moment.ne(0).any(dim=0).tolist()
+        touched_R = second_moment.ne(0).any(dim=1).tolist()
         starts = [sum(ranks[:index]) for index in range(len(ranks))]
         idle = [
             index

@@ -1,4 +1,6 @@
-"""The stacked bank against the loop over tokens and experts, in values and all gradients."""
+"""A routed layer in each of its forms against the loop over tokens and experts, in values and all gradients."""
+
+import copy
 
 import pytest
 import torch
@@ -7,11 +9,26 @@ from torch import nn
 from loramoe_train.experts.bank import ExpertBank
 from loramoe_train.experts.linear import ExpertLinear
 from loramoe_train.routing.context import RoutingContext
-from loramoe_train.routing.types import Tokens
+from loramoe_train.routing.types import Routing, Tokens
 from tests.reference import mixture
 
+FORMS = ("concatenated", "grouped")
 
-def make_bank(ranks, d_in=5, d_out=7, seed=0, **kwargs):
+
+class Given(nn.Module):
+    """A router that says what it was told."""
+
+    linear_score = None
+
+    def __init__(self, weights_NE, most=None):
+        super().__init__()
+        self.weights_NE, self.most = weights_NE, most
+
+    def forward(self, x_ND, context):
+        return Routing(self.weights_NE)
+
+
+def make_bank(ranks, d_in=8, d_out=12, seed=0, **kwargs):
     generator = torch.Generator().manual_seed(seed)
     bank = ExpertBank(
         d_in, d_out, ranks=ranks, scales=[0.5 + e for e in range(len(ranks))], generator=generator, **kwargs
@@ -20,66 +37,165 @@ def make_bank(ranks, d_in=5, d_out=7, seed=0, **kwargs):
     return bank
 
 
+def layer_of(bank, weights_NE=None, most=None, base=None, context=None):
+    router = None if weights_NE is None else Given(weights_NE, most)
+    base = base or nn.Linear(bank.d_in, bank.d_out).requires_grad_(False)
+    return ExpertLinear(base, bank, router, site="s", context=context or RoutingContext())
+
+
+def facts(n, domains=None):
+    domain = torch.zeros(n, dtype=torch.long) if domains is None else torch.tensor(domains)
+    return Tokens(domain >= 0, domain, domain, domain >= 0)
+
+
+def run(layer, x, domains=None):
+    with layer.context.open(facts(x.shape[:-1].numel(), domains)):
+        return layer(x)
+
+
 def pairs(bank, down, up):
-    return [(down[bank.columns(e)], up[:, bank.columns(e)], bank.scales[e]) for e in range(bank.num_experts)]
+    return [(down[bank.rows(e)], up[bank.rows(e)].T, bank.scales[e]) for e in range(bank.num_experts)]
 
 
-@pytest.mark.parametrize("ranks", [(2,), (2, 2, 2), (1, 4, 0, 3)])
-@pytest.mark.parametrize("tokens", [0, 1, 6])
-def test_equals_the_loop_in_values_and_gradients(ranks, tokens):
-    bank = make_bank(ranks).double()
-    base = nn.Linear(5, 7).double()
-    x = torch.randn(tokens, 5, dtype=torch.float64, requires_grad=True)
-    w = torch.rand(tokens, len(ranks), dtype=torch.float64)
-    w[w < 0.3] = 0.0
-    w.requires_grad_()
-    fast = base(x) + bank(x, w)
-    inputs = [x, w, bank.down, bank.up]
+def some_weights(tokens, experts, most, dtype=torch.float64, seed=3):
+    """At most `most` positive weights per token; some tokens have fewer, the first has none."""
+    generator = torch.Generator().manual_seed(seed)
+    w = torch.rand(tokens, experts, dtype=dtype, generator=generator)
+    kept = torch.zeros_like(w, dtype=torch.bool).scatter_(1, w.topk(most, dim=1).indices, True)
+    w = w * kept * (w > 0.3)
+    w[:1] = 0.0
+    return w
+
+
+def compare_with_loop(form, ranks, tokens, most, dtype, keep_hidden=True, tolerance=None):
+    bank = make_bank(ranks, form=form, keep_hidden=keep_hidden).to(dtype)
+    base = nn.Linear(8, 12).to(dtype).requires_grad_(False)
+    x = torch.randn(tokens, 8, dtype=dtype, requires_grad=True)
+    w = some_weights(tokens, len(ranks), most, dtype).requires_grad_()
+    layer = layer_of(bank, w, most, base)
+    assert bank.form_for(most, tokens) == (form if len(set(ranks)) == 1 and most < len(ranks) else "concatenated")
+    fast = run(layer, x)
     probe = torch.randn_like(fast)
+    inputs = [x, w, bank.down, bank.up]
     fast_grads = torch.autograd.grad((fast * probe).sum(), inputs)
     if tokens == 0:
         assert all(torch.isfinite(g).all() for g in fast_grads)
         return
-    slow = mixture(x, base.weight, base.bias, pairs(bank, bank.down, bank.up), w)
-    slow_grads = torch.autograd.grad((slow * probe).sum(), inputs)
-    torch.testing.assert_close(fast, slow)
-    for ours, twin in zip(fast_grads, slow_grads, strict=True):
-        torch.testing.assert_close(ours, twin)
+    exact = [t.detach().double().requires_grad_() for t in inputs]
+    slow = mixture(exact[0], base.weight.double(), base.bias.double(), pairs(bank, exact[2], exact[3]), exact[1])
+    slow_grads = torch.autograd.grad((slow * probe).sum(), exact)
+    used = w != 0  # nobody reads the gradient of a weight that selection set to zero
+    for ours, twin in zip((fast, *fast_grads), (slow, *slow_grads), strict=True):
+        if ours.shape == w.shape and ours is fast_grads[1]:
+            ours, twin = ours * used, twin * used
+        torch.testing.assert_close(ours.double(), twin, **(tolerance or {}))
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("ranks", [(2,), (2, 2, 2), (1, 4, 0, 3), (4,) * 6])
+@pytest.mark.parametrize("tokens", [0, 1, 6])
+def test_equals_the_loop_in_values_and_gradients(form, ranks, tokens):
+    compare_with_loop(form, ranks, tokens, min(2, len(ranks)), torch.float64)
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("rank", [4, 3])  # 3: not aligned, so the grouped form pads
+def test_equals_the_loop_in_float32(form, rank):
+    compare_with_loop(form, (rank,) * 6, 20, 2, torch.float32, tolerance={"rtol": 1e-5, "atol": 1e-5})
+
+
+def test_equals_the_loop_with_hidden_computed_again():
+    compare_with_loop("concatenated", (2, 2, 2), 6, 2, torch.float64, keep_hidden=False)
+    compare_with_loop("concatenated", (1, 4, 0, 3), 6, 2, torch.float64, keep_hidden=False)
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("keep_hidden", [True, False])
+def test_a_bfloat16_base_with_float32_adapters(form, keep_hidden):
+    """Within bfloat16's rounding of the exact result; gradients of the adapters are float32."""
+    bank = make_bank((8,) * 4, d_in=32, d_out=24, form=form, keep_hidden=keep_hidden)
+    base = nn.Linear(32, 24).bfloat16().requires_grad_(False)
+    x = torch.randn(2, 10, 32).bfloat16().requires_grad_()
+    w = some_weights(20, 4, 2, torch.float32).requires_grad_()
+    fast = run(layer_of(bank, w, 2, base), x)
+    probe = torch.randn_like(fast)
+    inputs = [x, w, bank.down, bank.up]
+    grads = torch.autograd.grad((fast * probe).sum(), inputs)
+    assert fast.dtype == torch.bfloat16 and [g.dtype for g in grads] == [t.dtype for t in inputs]
+    exact = [t.detach().double().requires_grad_() for t in inputs]
+    slow = mixture(
+        exact[0].view(20, 32), base.weight.double(), base.bias.double(), pairs(bank, exact[2], exact[3]), exact[1]
+    )
+    twins = torch.autograd.grad((slow * probe.double().view(20, 24)).sum(), exact)
+    for ours, twin in zip((fast.view(20, 24), *grads), (slow, *twins), strict=True):
+        ours, twin = (ours * (w != 0), twin * (w != 0)) if ours.shape == w.shape else (ours, twin)
+        error = (ours.double() - twin).norm() / twin.norm()
+        assert error < 1e-2, error
+
+
+def test_both_forms_agree_under_dropout():
+    """The same generator state gives both the same mask."""
+    outcomes = []
+    for form in FORMS:
+        bank = make_bank((4,) * 6, form=form, dropout=0.5).double().train()
+        w = some_weights(16, 6, 2)
+        x = torch.arange(128, dtype=torch.float64).view(16, 8).div(50).requires_grad_()
+        layer = layer_of(bank, w, 2, nn.Linear(8, 12).double().requires_grad_(False))
+        nn.init.ones_(layer.base.weight), nn.init.zeros_(layer.base.bias)
+        torch.manual_seed(5)
+        y = run(layer, x)
+        outcomes.append((y, *torch.autograd.grad(y.square().sum(), [x, bank.down, bank.up])))
+    for one, other in zip(*outcomes, strict=True):
+        torch.testing.assert_close(one, other)
+
+
+def test_dropout_keeps_the_mean_and_drops_whole_inputs():
+    bank = make_bank((4,), d_in=8, d_out=12, dropout=0.5).train()
+    bank.scale_E.fill_(1.0)
+    layer = layer_of(bank)
+    nn.init.zeros_(layer.base.weight), nn.init.zeros_(layer.base.bias)
+    x = torch.ones(4000, 8)
+    torch.manual_seed(0)
+    y = run(layer, x)
+    expected = x @ (bank.up.T @ bank.down).T
+    torch.testing.assert_close(y.mean(0), expected.mean(0), rtol=0.2, atol=0.2)
+    assert not torch.equal(y[0], y[1])
 
 
 def test_a_fresh_bank_adds_exactly_nothing():
     bank = ExpertBank(4, 3, ranks=(2, 2), scales=(1.0, 1.0))
+    layer = layer_of(bank, torch.rand(5, 2))
     x = torch.randn(5, 4)
-    assert torch.equal(bank(x, torch.rand(5, 2)), torch.zeros(5, 3))
+    assert torch.equal(run(layer, x), layer.base(x))
 
 
-def test_no_weights_means_every_expert_counts_once():
-    bank = make_bank((2, 3))
-    x = torch.randn(4, 5)
-    torch.testing.assert_close(bank(x, None), bank(x, torch.ones(4, 2)))
+def test_no_router_means_every_expert_counts_once():
+    bank, x, base = make_bank((2, 3)), torch.randn(4, 8), nn.Linear(8, 12)
+    torch.testing.assert_close(run(layer_of(bank, base=base), x), run(layer_of(bank, torch.ones(4, 2), base=base), x))
 
 
 def test_delta_is_the_merged_weight():
     bank = make_bank((2, 3))
-    x, w = torch.randn(4, 5), torch.zeros(4, 2)
+    x, w = torch.randn(4, 8), torch.zeros(4, 2)
     w[:, 1] = 1.0
-    torch.testing.assert_close(bank(x, w), x @ bank.delta(1).T, rtol=1e-5, atol=1e-5)
+    layer = layer_of(bank, w)
+    torch.testing.assert_close(run(layer, x), layer.base(x) + x @ bank.delta(1).T, rtol=1e-5, atol=1e-5)
 
 
-def test_idle_expert_gets_a_zero_gradient_not_none():
-    bank = make_bank((2, 3))
-    w = torch.tensor([[1.0, 0.0]] * 4)
-    bank(torch.randn(4, 5), w).sum().backward()
-    assert torch.equal(bank.down.grad[bank.columns(1)], torch.zeros(3, 5))
-    assert bank.down.grad[bank.columns(0)].abs().sum() > 0
+@pytest.mark.parametrize("form", FORMS)
+def test_idle_expert_gets_a_zero_gradient_not_none(form):
+    bank = make_bank((4, 4, 4), form=form)
+    run(layer_of(bank, torch.tensor([[1.0, 0.0, 0.0]] * 4), 1), torch.randn(4, 8)).sum().backward()
+    assert torch.equal(bank.down.grad[bank.rows(1)], torch.zeros(4, 8))
+    assert bank.down.grad[bank.rows(0)].abs().sum() > 0
 
 
 def test_dropout_is_off_for_frozen_experts():
     bank = make_bank((2, 3), dropout=0.5).train()
-    x, w = torch.randn(4, 5), torch.rand(4, 2)
-    assert not torch.equal(bank(x, w), bank(x, w))
+    x, layer = torch.randn(4, 8), layer_of(bank, torch.rand(4, 2))
+    assert not torch.equal(run(layer, x), run(layer, x))
     bank.requires_grad_(False)
-    assert torch.equal(bank(x, w), bank(x, w))
+    assert torch.equal(run(layer, x), run(layer, x))
 
 
 def test_initialisation_depends_on_the_generator_alone():
@@ -94,57 +210,67 @@ def test_bad_ranks():
         ExpertBank(4, 4, ranks=(2, -1), scales=(1.0, 1.0))
 
 
-def facts(n, domains=None):
-    domain = torch.zeros(n, dtype=torch.long) if domains is None else torch.tensor(domains)
-    return Tokens(domain >= 0, domain, domain, domain >= 0)
-
-
 def test_training_outside_the_context_is_refused_and_evaluation_is_not():
-    context = RoutingContext()
-    layer = ExpertLinear(nn.Linear(5, 7), make_bank((2,)), None, site="s", context=context)
+    layer = layer_of(make_bank((2,)))
     with pytest.raises(RuntimeError, match="outside"):
-        layer(torch.randn(1, 3, 5))
-    assert layer.eval()(torch.randn(1, 3, 5)).shape == (1, 3, 7)
-    assert context.records == {}
+        layer(torch.randn(1, 3, 8))
+    assert layer.eval()(torch.randn(1, 3, 8)).shape == (1, 3, 12)
+    assert layer.context.records == {}
 
 
 def test_off_is_the_base_bit_for_bit():
-    context = RoutingContext()
-    base = nn.Linear(5, 7)
-    layer = ExpertLinear(base, make_bank((2, 2)), None, site="s", context=context)
-    x = torch.randn(2, 3, 5)
-    with context.override("off"):
-        assert torch.equal(layer(x), base(x))
-    assert not torch.equal(layer.eval()(x), base(x))
+    layer = layer_of(make_bank((2, 2)))
+    x = torch.randn(2, 3, 8)
+    with layer.context.override("off"):
+        assert torch.equal(layer(x), layer.base(x))
+    assert not torch.equal(layer.eval()(x), layer.base(x))
 
 
+@pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("num_domains", [1, 2, 3, 5])
-def test_hard_routing_gives_each_domain_its_own_expert(num_domains):
+def test_hard_routing_gives_each_domain_its_own_expert(num_domains, form):
     """Values and gradients equal single experts that saw only their domain's tokens."""
     context = RoutingContext(num_domains)
-    base, bank = nn.Linear(5, 7).double(), make_bank((2,) * num_domains).double()
-    layer = ExpertLinear(base, bank, None, site="s", context=context)
+    base, bank = nn.Linear(8, 12).double(), make_bank((4,) * num_domains, form=form).double()
+    layer = layer_of(bank, base=base, context=context)
     domains = [d % num_domains for d in range(8)] + [-1]
-    x = torch.randn(9, 5, dtype=torch.float64)
-    with context.override("by_domain"), context.open(facts(9, domains)):
-        y = layer(x.view(3, 3, 5)).view(9, 7)
+    x = torch.randn(9, 8, dtype=torch.float64)
+    with context.override("by_domain"):
+        y = run(layer, x.view(3, 3, 8), domains).view(9, 12)
     grads = torch.autograd.grad(y.square().sum(), [bank.down, bank.up])
     for d in range(num_domains):
         own = [n for n, domain in enumerate(domains) if domain == d]
-        down, up = bank.down[bank.columns(d)], bank.up[:, bank.columns(d)]
-        single = base(x[own]) + bank.scales[d] * x[own] @ down.T @ up.T
+        down, up = bank.down[bank.rows(d)], bank.up[bank.rows(d)]
+        single = base(x[own]) + bank.scales[d] * x[own] @ down.T @ up
         torch.testing.assert_close(y[own], single)
         alone = torch.autograd.grad(single.square().sum(), [bank.down, bank.up])
-        torch.testing.assert_close(grads[0][bank.columns(d)], alone[0][bank.columns(d)])
-        torch.testing.assert_close(grads[1][:, bank.columns(d)], alone[1][:, bank.columns(d)])
+        torch.testing.assert_close(grads[0][bank.rows(d)], alone[0][bank.rows(d)])
+        torch.testing.assert_close(grads[1][bank.rows(d)], alone[1][bank.rows(d)])
     torch.testing.assert_close(y[8], base(x[8]))
 
 
 def test_uniform_is_the_average():
-    context = RoutingContext()
     bank = make_bank((2, 3))
-    layer = ExpertLinear(nn.Linear(5, 7), bank, None, site="s", context=context).eval()
-    x = torch.randn(4, 5)
-    with context.override("uniform"):
+    layer = layer_of(bank).eval()
+    x = torch.randn(4, 8)
+    with layer.context.override("uniform"):
         expected = layer.base(x) + x @ ((bank.delta(0) + bank.delta(1)) / 2).T
         torch.testing.assert_close(layer(x), expected)
+
+
+def test_the_base_output_is_added_to_in_place():
+    """No second tensor of the base's output is made, with or without bias; the base's gradient is unchanged."""
+    for bias in (True, False):
+        bank = make_bank((2, 2))
+        layer = layer_of(bank, torch.rand(6, 2), base=nn.Linear(8, 12, bias=bias).requires_grad_(False))
+        made = []
+        layer.base.register_forward_hook(lambda _, __, y, into=made: into.append(y.data_ptr()))
+        y = run(layer, torch.randn(2, 3, 8, requires_grad=True))
+        assert y.data_ptr() == made[0] and type(y.grad_fn).__name__ == "_ExpandBackward"  # not by way of CopySlices
+
+
+def test_a_copy_works_for_itself():
+    layer = layer_of(make_bank((2, 2)), torch.rand(4, 2)).eval()
+    twin = copy.deepcopy(layer)
+    x = torch.randn(4, 8)
+    assert torch.equal(layer(x), twin(x)) and twin.shared.members[0] is twin

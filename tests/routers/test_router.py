@@ -46,7 +46,7 @@ def test_weights_by_hand():
 
 @pytest.mark.parametrize("weight", ["probability", "renormalised", "unit"])
 def test_exactly_k_experts_even_among_ties(weight):
-    w = Policy(TopK(2, 5), weight)(torch.full((4, 5), 0.2))
+    w = Policy(TopK(2, 5), weight)(torch.zeros(4, 5), "softmax")
     assert ((w > 0).sum(dim=-1) == 2).all()
     assert w.max().item() == pytest.approx({"probability": 0.2, "renormalised": 0.5, "unit": 1.0}[weight])
 
@@ -79,3 +79,34 @@ def test_temperature_divides_the_logits():
 def test_bad_values(make, message):
     with pytest.raises(ValueError, match=message):
         make()
+
+
+@pytest.mark.parametrize("weight", ["probability", "renormalised", "unit"])
+@pytest.mark.parametrize("normalise", ["softmax", "sigmoid"])
+@pytest.mark.parametrize("select", [All(), TopK(2, 5), TopK(1, 5)])
+def test_policy_against_the_loop(weight, normalise, select):
+    """Values, and gradients through the weights of the kept experts, token by token."""
+    logits = torch.randn(6, 5, dtype=torch.float64, requires_grad=True)
+    fast = Policy(select, weight)(logits, normalise)
+    rows = []
+    for z in logits:
+        p = torch.exp(z) / torch.exp(z).sum() if normalise == "softmax" else 1 / (1 + torch.exp(-z))
+        count = 5 if isinstance(select, All) else select.top_k
+        kept = sorted(range(5), key=lambda e, p=p: -float(p[e]))[:count]
+        total = sum(p[e] for e in kept)
+        value = {"probability": lambda e, p=p: p[e], "renormalised": lambda e, p=p, t=total: p[e] / t}
+        value["unit"] = lambda e, p=p: torch.ones_like(p[e])
+        rows.append(torch.stack([value[weight](e) if e in kept else 0.0 * p[e] for e in range(5)]))
+    slow = torch.stack(rows)
+    torch.testing.assert_close(fast, slow)
+    if weight != "unit":
+        probe = torch.randn_like(slow)
+        ours, twin = (torch.autograd.grad((w * probe).sum(), logits, retain_graph=True)[0] for w in (fast, slow))
+        torch.testing.assert_close(ours, twin)
+
+
+def test_routers_are_alike_only_with_equal_settings():
+    assert soft(3, 4).is_like(soft(5, 4)) and not soft(3, 4).is_like(sparse(3, 4))
+    assert not soft(3, 4).is_like(soft(3, 1))  # another k
+    twins = [Policy(lambda p: p > 0), Policy(lambda p: p > 1)]
+    assert not twins[0].is_like(twins[1]) and twins[0].is_like(twins[0])
