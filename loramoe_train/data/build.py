@@ -1,7 +1,9 @@
 """DataConfig -> Mixture."""
 
+from pathlib import Path
 from typing import Any
 
+from loramoe_train.data.cache import TokenCache, cache_folder, cache_key, tokenizer_digest
 from loramoe_train.data.mixture import Mixture, TaskData
 from loramoe_train.data.source import Selected, has_split, open_rows
 from loramoe_train.data.templates import Renderer
@@ -25,7 +27,8 @@ def build_mixture(
     out, `split="validation"` holds them, and both say so in `notes`. Every task of the config keeps its index, also one
     without validation rows. `seed` enters the orders of `Mixture.plan`.
 
-    Raises ConfigError (unknown task, `max_length` above `max_positions`), MissingFileError, DataError.
+    Raises ConfigError (unknown task, `max_length` above `max_positions`, unusable `cache_dir`), MissingFileError,
+    DataError.
     """
     if max_positions is not None and config.max_length > max_positions:
         raise ConfigError(
@@ -33,13 +36,15 @@ def build_mixture(
             f"use at most {max_positions}"
         )
     encoder = Encoder(tokenizer, max_length=config.max_length, supervise=config.supervise)
+    folder, digest = cache_folder(config.cache_dir), tokenizer_digest(tokenizer)
     tasks, notes = [], []
     for name in config.tasks:
         definition = task_definition(config, name)
         rows, used, note = task_rows(config, name, split)
         notes += note
         domain = definition.domain or name
-        tasks.append(TaskData(name, domain, used, rows, Renderer(name, definition, tokenizer)))
+        cache = _open_cache(config, definition, rows, tokenizer, folder, digest)
+        tasks.append(TaskData(name, domain, used, rows, Renderer(name, definition, tokenizer), cache))
     if check:
         for task in tasks:
             task.check()
@@ -59,6 +64,22 @@ def build_validation(
     validation = build_mixture(config, tokenizer, seed=mixture.seed, split="validation")
     assert validation.task_names == mixture.task_names and validation.domain_names == mixture.domain_names
     return validation_batches(validation, batch_size=batch_size)
+
+
+def _open_cache(
+    config: DataConfig, task: TaskConfig, rows: Selected, tokenizer: Any, folder: Path | None, digest: str | None
+) -> TokenCache | None:
+    if folder is None or digest is None or not len(rows):
+        return None
+    key = cache_key(
+        rows=rows.digest(),
+        task=task,
+        tokenizer=digest,
+        chat_template=tokenizer.chat_template,
+        max_length=config.max_length,
+        supervise=config.supervise,
+    )
+    return TokenCache(folder / key)
 
 
 def task_definition(config: DataConfig, name: str) -> TaskConfig:

@@ -7,6 +7,7 @@ know line numbers. Parquet files and hub data sets, which are typed already, go 
 """
 
 import gzip
+import hashlib
 import json
 import mmap
 import shutil
@@ -45,6 +46,9 @@ class JsonLines:
     def where(self, index: int) -> str:
         return f"{self.path}:{self._lines[index]}"
 
+    def digest(self) -> str:
+        return hashlib.sha256(self._map).hexdigest()
+
     def _index(self) -> None:
         start = len(BOM) if self._map[: len(BOM)] == BOM else 0
         number = 0
@@ -66,12 +70,14 @@ class JsonArray:
     def __init__(self, path: Path) -> None:
         self.path = path
         try:
-            rows = json.loads(bytes(_mapped(path)).decode("utf-8-sig"))
+            content = bytes(_mapped(path))
+            rows = json.loads(content.decode("utf-8-sig"))
         except UnicodeDecodeError as error:
             raise DataError(f"{path}: byte {error.start} is not UTF-8; save the file as UTF-8") from error
         except json.JSONDecodeError as error:
             raise DataError(f"{path}:{error.lineno}: not valid JSON ({error.msg}, column {error.colno})") from error
         self._rows: list[Row] = rows
+        self._digest = hashlib.sha256(content).hexdigest()
         for index, row in enumerate(rows):
             if not isinstance(row, dict):
                 raise DataError(f"{self.where(index)}: is {_kind(row)}; each item must be an object with the columns")
@@ -84,6 +90,9 @@ class JsonArray:
 
     def where(self, index: int) -> str:
         return f"{self.path} (item {index + 1})"
+
+    def digest(self) -> str:
+        return self._digest
 
 
 def read_json(path: Path) -> JsonLines | JsonArray:

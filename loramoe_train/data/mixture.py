@@ -2,10 +2,13 @@
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from multiprocessing.util import Finalize
 
 import numpy as np
 
+from loramoe_train.data.cache import TokenCache
 from loramoe_train.data.sampling import SamplePlan
+from loramoe_train.data.shards import Found
 from loramoe_train.data.source import Selected
 from loramoe_train.data.templates import Renderer
 from loramoe_train.data.tokens import Encoder, Example
@@ -24,14 +27,22 @@ class TaskData:
     split: str  # that the rows were read from
     rows: Selected
     renderer: Renderer
+    cache: TokenCache | None = None  # of the file that the rows are in
 
     def __len__(self) -> int:
         return len(self.rows)
 
     def check(self) -> None:
-        """Render every row: a bad one is found before training starts. Raises DataError naming file and line."""
+        """Render every row: a bad one is found before training starts. Raises DataError naming file and line.
+
+        Not again where the cache knows that these rows are good.
+        """
+        if self.cache is not None and self.cache.has_checked(self.rows.origin):
+            return
         for index in range(len(self.rows)):
             self.renderer(self.rows[index], self.rows.where(index))
+        if self.cache is not None:
+            self.cache.note_checked(self.rows.origin)
 
 
 class Mixture:
@@ -81,7 +92,7 @@ class Mixture:
         key = (task, row)
         found = self._memo.get(key)
         if found is None:
-            found = self._tokenise(task, row)
+            found = self._make(task, row)
             self.note_truncated([found])
             size = found.ids.nbytes + found.supervised.nbytes + OVERHEAD_BYTES
             if self._memo_bytes + size <= MEMO_BYTES:
@@ -93,15 +104,26 @@ class Mixture:
         """Count what was cut, also by a worker process."""
         self._touched.update((example.task, example.name) for example in examples if example.truncated)
 
-    def _tokenise(self, task: int, row: int) -> Example:
+    def begin_worker(self) -> None:
+        """In a forked process: write what it tokenises when it ends, besides what its parent writes."""
+        for task in self.tasks:
+            if task.cache is not None:
+                task.cache.forget_added()
+                Finalize(None, task.cache.flush, exitpriority=0)
+
+    def _make(self, task: int, row: int) -> Example:
         data = self.tasks[task]
+        number = int(data.rows.origin[row])
+        found = None if data.cache is None else data.cache.get(number)
+        if found is None:
+            found = self._tokenise(data, row)
+            if data.cache is not None:
+                data.cache.add(number, found)
+        ids, supervised, truncated = found
+        name, domain = f"{data.name}:{data.split}:{number}", self.domain_of[task]
+        return Example(name, task, domain, ids, supervised, truncated)
+
+    def _tokenise(self, data: TaskData, row: int) -> Found:
         where = data.rows.where(row)
         encoded = self.encoder(data.renderer(data.rows[row], where), where)
-        return Example(
-            name=f"{data.name}:{data.split}:{int(data.rows.origin[row])}",
-            task=task,
-            domain=self.domain_of[task],
-            ids=np.asarray(encoded.ids, dtype=np.int32),
-            supervised=np.asarray(encoded.supervised, dtype=bool),
-            truncated=encoded.truncated,
-        )
+        return np.asarray(encoded.ids, dtype=np.int32), np.asarray(encoded.supervised, dtype=bool), encoded.truncated

@@ -32,6 +32,10 @@ class Rows(Protocol):
         """`file:line`, or what comes nearest to it, for messages."""
         ...
 
+    def digest(self) -> str:
+        """Of all rows: another digest where any row may be another."""
+        ...
+
 
 class ArrowRows:
     """Rows of a `datasets.Dataset`. Images and audio stay undecoded: no template needs them."""
@@ -53,6 +57,9 @@ class ArrowRows:
     def where(self, index: int) -> str:
         return f"{self._name} (row {index + 1})"
 
+    def digest(self) -> str:
+        return f"datasets:{self._dataset._fingerprint}"  # of its files (path, time, size) and of what was done to it
+
 
 class Selected:
     """Some rows of others, in the given order; `origin[i]` is the number of the row in its file, from 0."""
@@ -68,6 +75,10 @@ class Selected:
 
     def where(self, index: int) -> str:
         return self._rows.where(int(self.origin[index]))
+
+    def digest(self) -> str:
+        """Of the file, whichever of its rows are selected."""
+        return self._rows.digest()
 
     def select(self, index: Sequence[int]) -> "Selected":
         return Selected(self._rows, self.origin[np.asarray(index, dtype=np.int64)])

@@ -55,6 +55,8 @@ class DataConfig(Strict):
     validation_examples: int = Field(default=64, ge=0)  # per task, for the evaluation loss during training
     supervise: Literal["answer", "all"] = "answer"  # which tokens carry loss
     packing: bool = False  # several examples in one row, isolated from each other
+    # folder of tokenised examples; auto: loramoe/tokens below $XDG_CACHE_HOME or ~/.cache; null: none
+    cache_dir: str | None = "auto"
 
     @model_validator(mode="after")
     def _tasks_are_named_once(self) -> "DataConfig":

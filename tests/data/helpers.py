@@ -36,6 +36,7 @@ def qa_config(root: Path, sizes: dict[str, int], **changes: Any) -> DataConfig:
         "definitions": {name: qa_task(name) for name in sizes},
         "validation_examples": 0,
         "max_length": 64,
+        "cache_dir": None,
     }
     return DataConfig.model_validate(plain | changes)
 
