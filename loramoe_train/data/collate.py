@@ -18,22 +18,6 @@ def collate_packed(rows: Sequence[Sequence[Example]], *, pad_id: int, multiple: 
     return _fill(rows, pad_id=pad_id, multiple=multiple, packed=True)
 
 
-def pack(examples: Sequence[Example], max_length: int) -> list[list[Example]]:
-    """First fit in order: each example goes into the first row that has room for it; rows of <= max_length tokens."""
-    rows: list[list[Example]] = []
-    room: list[int] = []
-    for example in examples:
-        assert len(example) <= max_length, "the encoder cuts examples to max_length"
-        place = next((r for r, left in enumerate(room) if len(example) <= left), None)
-        if place is None:
-            place = len(rows)
-            rows.append([])
-            room.append(max_length)
-        rows[place].append(example)
-        room[place] -= len(example)
-    return rows
-
-
 def _fill(rows: Sequence[Sequence[Example]], *, pad_id: int, multiple: int, packed: bool) -> MixedBatch:
     longest = max(sum(len(example) for example in row) for row in rows)
     shape = (len(rows), -(-longest // multiple) * multiple)

@@ -7,8 +7,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from loramoe_train.data.batch import IGNORE
-from loramoe_train.data.collate import collate, collate_packed, pack
+from loramoe_train.data.collate import collate, collate_packed
 from loramoe_train.data.masks import block_causal_mask
+from loramoe_train.data.packing import pack
 from loramoe_train.data.tokens import Example
 from tests.conftest import make_llama
 
@@ -60,22 +61,6 @@ def test_batch_is_the_slow_one(lengths, multiple, packed):
         assert getattr(made, name).tolist() == expected, name
     assert made.example_ids == tuple(e.name for row in rows for e in row) and made.packed == packed
     assert made.num_supervised() == sum(int(e.supervised.sum()) for e in examples)
-
-
-@settings(max_examples=50, deadline=None)
-@given(lengths=LENGTHS, max_length=st.integers(12, 30))
-def test_first_fit_in_order(lengths, max_length):
-    examples = make_examples(lengths)
-    rows = pack(examples, max_length)
-    assert sorted(e.name for row in rows for e in row) == sorted(e.name for e in examples)
-    order = {e.name: i for i, e in enumerate(examples)}
-    assert all(sum(len(e) for e in row) <= max_length for row in rows)
-    for r, row in enumerate(rows):
-        for example in row:
-            # it did not fit into any earlier row with what that row held when its turn came
-            for earlier in rows[:r]:
-                held = sum(len(e) for e in earlier if order[e.name] < order[example.name])
-                assert held + len(example) > max_length
 
 
 def test_mask_by_hand():
