@@ -18,7 +18,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from loramoe_train.experts.concatenated import Again, add_experts
+from loramoe_train.experts.concatenated import Again, add_experts, add_prepared
 from loramoe_train.experts.forms import Form, FormChoice, choose_form
 from loramoe_train.experts.grouped import add_grouped
 from loramoe_train.experts.shared import SeenInput
@@ -76,8 +76,6 @@ class ExpertBank(nn.Module):
 
     def add_to(self, y: Tensor, seen: SeenInput) -> Tensor:
         """y (..., O) plus the experts' weighted outputs, in place where y allows it."""
-        if sum(self.ranks) == 0:
-            return y
         if seen.hidden_NR is None:
             stacked = (self.num_experts, self.ranks[0])
             down_ERD, up_ERO = self.down.unflatten(0, stacked), self.up.unflatten(0, stacked)
@@ -86,8 +84,15 @@ class ExpertBank(nn.Module):
                 y, seen.x_ND, weights_NE, down_ERD, up_ERO, self.scale_E, seen.most, seen.kept, seen.dtype
             )
         weights_NE = None if seen.unweighted else seen.routing.weights_NE
+        if seen.scaled:
+            return add_prepared(y, seen.hidden_NR, weights_NE, self.up, self.expert_R)
         again = None if self.keep_hidden else Again(seen.x_ND, self.down, seen.kept)
         return add_experts(y, seen.hidden_NR, weights_NE, self.up, self.scale_E, self.expert_R, again)
+
+    def scaled_down(self) -> Tensor:
+        """(R, D): each expert's rows of `down` times its scale."""
+        scale_R = self.scale_E.repeat_interleave(torch.tensor(self.ranks, device=self.scale_E.device))
+        return self.down * scale_R[:, None]
 
     def rows(self, expert: int) -> slice:
         """Which rows of `down` and `up` belong to an expert."""

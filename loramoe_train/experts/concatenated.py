@@ -16,6 +16,7 @@ Legend: N tokens, D in, O out, E experts of a site, R rank columns of a site (of
 """
 
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -41,6 +42,12 @@ class Kept:
 def draw(x_ND: Tensor, dropout: float) -> Kept:
     """A fresh mask from torch's global generator (that of the device)."""
     return Kept(torch.empty_like(x_ND, dtype=torch.bool).bernoulli_(1.0 - dropout), 1.0 / (1.0 - dropout))
+
+
+def precise(tensor: Tensor) -> AbstractContextManager:
+    """Autocast off around products whose dtypes are chosen here; nothing where it is off already."""
+    kind = tensor.device.type
+    return torch.autocast(kind, enabled=False) if torch.is_autocast_enabled(kind) else nullcontext()
 
 
 # -- shrink ------------------------------------------------------------------------------------------------------------
@@ -74,7 +81,7 @@ def shrink_all(
 ) -> tuple[Tensor, Tensor]:
     """(hidden (N, sum of R) in `dtype`, logits (N, sum of L) in the routers' dtype, float32 or float64)."""
     if torch.compiler.is_compiling():  # the compiler decides itself what to keep; a custom function would hide it
-        with torch.autocast(x_ND.device.type, enabled=False):
+        with precise(x_ND):
             stacked = stack(downs, routers, dtype, dropout=True)
             seen_ND = x_ND if kept is None else x_ND * kept.mask_ND * kept.factor
             hidden_NR = x_ND[:, :0] if stacked.down_RD is None else seen_ND.to(dtype) @ stacked.down_RD.T
@@ -88,7 +95,7 @@ def shrink_all(
 
 def shrink_stacked(x_ND: Tensor, stacked: Stacked, kept: Kept | None = None) -> tuple[Tensor, Tensor]:
     """What `shrink_all` gives, from factors that were stacked before; without gradient."""
-    with torch.autocast(x_ND.device.type, enabled=False):
+    with precise(x_ND):
         if stacked.both is not None:
             both_N = shrink(x_ND, stacked.both)
             return both_N[:, : stacked.rank_columns], both_N[:, stacked.rank_columns :]
@@ -169,17 +176,21 @@ class Again:
     kept: Kept | None
 
 
-def gate(hidden_NR: Tensor, weights_NE: Tensor | None, scale_E: Tensor, expert_R: Tensor | None) -> Tensor:
-    """(N, R): hidden times weight and scale of the column's expert. `expert_R` None: experts of equal rank."""
-    factor_NE = scale_E[None] if weights_NE is None else weights_NE * scale_E
-    return _by_expert(hidden_NR, factor_NE.to(hidden_NR.dtype), expert_R)
-
-
-def _by_expert(hidden_NR: Tensor, factor_NE: Tensor, expert_R: Tensor | None) -> Tensor:
+def gate(hidden_NR: Tensor, weights_NE: Tensor | None, scale_E: Tensor | None, expert_R: Tensor | None) -> Tensor:
+    """(N, R): hidden times weight and scale of the column's expert. `expert_R` None: experts of equal rank; `scale_E`
+    None: the scale is in `hidden` already."""
+    if weights_NE is None and scale_E is None:
+        return hidden_NR
+    if weights_NE is None:
+        factor_NE = scale_E[None]
+    else:
+        factor_NE = weights_NE if scale_E is None else weights_NE * scale_E
+    factor_NE = factor_NE.to(hidden_NR.dtype)
     if expert_R is not None:
         return hidden_NR * factor_NE[:, expert_R]
-    columns, experts = hidden_NR.shape[1], factor_NE.shape[1]
-    return (hidden_NR.unflatten(1, (experts, columns // experts)) * factor_NE.unsqueeze(-1)).flatten(1)
+    tokens, columns, experts = *hidden_NR.shape, factor_NE.shape[1]
+    by_expert = hidden_NR.view(tokens, experts, columns // experts) * factor_NE.unsqueeze(-1)
+    return by_expert.view(tokens, columns)
 
 
 def _sum_by_expert(values_NR: Tensor, experts: int, expert_R: Tensor | None) -> Tensor:
@@ -206,19 +217,27 @@ def add_experts(
     backward.
     """
     if torch.compiler.is_compiling():
-        with torch.autocast(y.device.type, enabled=False):
+        with precise(y):
             gated_NR = gate(hidden_NR, weights_NE, scale_E, expert_R)
             return y + (gated_NR @ up_RO.to(hidden_NR.dtype)).view(y.shape).to(y.dtype)
     y = own(y)
-    if not torch.is_grad_enabled():
-        expand_onto(y.view(-1, y.shape[-1]), gate(hidden_NR, weights_NE, scale_E, expert_R), up_RO.to(hidden_NR.dtype))
-        return y
     x_ND, down_RD, mask_ND, factor = None, None, None, 1.0
     if again is not None:
         x_ND, down_RD = again.x_ND.detach(), again.down_RD.detach()
         if again.kept is not None:
             mask_ND, factor = again.kept.mask_ND, again.kept.factor
     return _Expand.apply(y, hidden_NR, weights_NE, up_RO, scale_E, expert_R, x_ND, down_RD, mask_ND, factor)
+
+
+def add_prepared(
+    y: Tensor, hidden_NR: Tensor, weights_NE: Tensor | None, up_RO: Tensor, expert_R: Tensor | None
+) -> Tensor:
+    """The same without gradient, `hidden` holding the scales already: the short way for decoding."""
+    y = y if y.is_contiguous() else y.contiguous()
+    with precise(y):
+        gated_NR = gate(hidden_NR, weights_NE, None, expert_R)
+        expand_onto(y.view(-1, up_RO.shape[1]), gated_NR, up_RO.to(hidden_NR.dtype))
+    return y
 
 
 def own(y: Tensor) -> Tensor:
@@ -228,7 +247,7 @@ def own(y: Tensor) -> Tensor:
     it at the price of two copies in backward; as an `_unsafe_view` it is a tensor in its own right.
     """
     y = y if y.is_contiguous() else y.contiguous()
-    return torch.ops.aten._unsafe_view(y, y.shape) if y._is_view() and torch.is_grad_enabled() else y
+    return torch.ops.aten._unsafe_view(y, y.shape) if y._is_view() else y
 
 
 class _Expand(torch.autograd.Function):
@@ -248,7 +267,7 @@ class _Expand(torch.autograd.Function):
     ) -> Tensor:
         dtype = hidden_NR.dtype
         gated_NR = gate(hidden_NR, weights_NE, scale_E, expert_R)
-        with torch.autocast(y.device.type, enabled=False):
+        with precise(y):
             expand_onto(y.view(-1, y.shape[-1]), gated_NR, up_RO.to(dtype))
         ctx.mark_dirty(y)
         ctx.dtype, ctx.factor = dtype, factor

@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional
 
-from loramoe_train.experts.concatenated import Kept, own
+from loramoe_train.experts.concatenated import Kept, own, precise
 
 _GROUPED_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _ALIGNMENT = 16  # bytes: strides of what `grouped_mm` reads
@@ -109,7 +109,7 @@ class _Grouped(torch.autograd.Function):
         ends_E = counts_E.cumsum(0, dtype=torch.int32)
         weight_P = (weights_NE[token_P, expert_P] * scale_E[expert_P]).to(dtype)
         kept = None if mask_ND is None else Kept(mask_ND, factor)
-        with torch.autocast(y.device.type, enabled=False):
+        with precise(y):
             seen_ND = x_ND if kept is None else kept(x_ND)
             hidden_PR = grouped_product(_rows(seen_ND, token_P, dtype), down_ERD.to(dtype).transpose(1, 2), ends_E)
             out_PO = grouped_product(hidden_PR * weight_P[:, None], up_ERO.to(dtype), ends_E)

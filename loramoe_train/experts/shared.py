@@ -13,13 +13,14 @@ Legend: N tokens, D in, M members of a group, E experts of a site, R rank column
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from loramoe_train.experts.concatenated import Kept, Stacked, draw, shrink_all, shrink_stacked, stack
+from loramoe_train.experts.forms import FEWEST_TOKENS
 from loramoe_train.experts.products import narrow_dtype
 from loramoe_train.routing.types import Routing
 
@@ -27,8 +28,19 @@ if TYPE_CHECKING:
     from loramoe_train.experts.linear import ExpertLinear
 
 
-@dataclass(frozen=True)
-class SeenInput:
+_optimizer_steps = 0
+
+
+def _count_step(*_: Any) -> None:
+    global _optimizer_steps
+    _optimizer_steps += 1
+
+
+# fused optimizers change parameters without counting up their `_version`
+register_optimizer_step_post_hook(_count_step)
+
+
+class SeenInput(NamedTuple):
     """What a site knows about its input before its experts add to the base's output."""
 
     x_ND: Tensor
@@ -36,8 +48,22 @@ class SeenInput:
     unweighted: bool  # every weight is 1: there is no router
     most: int | None  # experts per token at most
     hidden_NR: Tensor | None  # x down^T in `dtype`; None: the site is computed in the grouped form
+    scaled: bool  # whether the experts' scales are in `hidden` already
     kept: Kept | None  # dropout on what the experts see
     dtype: torch.dtype  # of the narrow products
+
+
+class _Arrangement(NamedTuple):
+    """Who does what in a group; the same for every pass of one kind."""
+
+    members: tuple[ExpertLinear, ...]
+    most: tuple[int | None, ...]  # experts per token, by member
+    shrunk: tuple[ExpertLinear, ...]  # members in the concatenated form
+    ranks: tuple[int, ...]  # rank columns of those
+    asked: tuple[ExpertLinear, ...]  # members whose routers are asked in the shared product
+    experts: tuple[int, ...]  # of those
+    together: bool  # whether one decision serves all of those
+    biased: bool  # whether any of those adds a bias to its logits
 
 
 class SharedInput:
@@ -45,32 +71,36 @@ class SharedInput:
 
     def __init__(self, members: Sequence[ExpertLinear]) -> None:
         self.members = tuple(members)
-        self._circumstances: tuple[Any, ...] = ()
-        self._waiting: dict[str, SeenInput] = {}
-        self._stacked: tuple[tuple[Any, ...], Stacked] | None = None
+        self.forget()
 
     def see(self, layer: ExpertLinear, x: Tensor, base_dtype: torch.dtype) -> SeenInput:
         """The part of `layer`, computed now or waiting since another member was called with this very x (..., D)."""
+        if len(self.members) == 1:
+            return self._compute(self.members, x, base_dtype)[layer.site]
         now = self._now(layer, x, base_dtype)
         if layer.site in self._waiting and _same(now, self._circumstances):
             seen = self._waiting.pop(layer.site)
             if not self._waiting:
                 self._circumstances = ()
             return seen
-        members = self.members if layer is self.members[0] else (layer,)
-        parts = self._compute(members, x, base_dtype)
+        parts = self._compute(self.members if layer is self.members[0] else (layer,), x, base_dtype)
         seen = parts.pop(layer.site)
         self._waiting, self._circumstances = parts, now if parts else ()
         return seen
 
     def forget_waiting(self) -> None:
         """Drop what no member has asked for."""
-        self._waiting, self._circumstances = {}, ()
+        self._waiting: dict[str, SeenInput] = {}
+        self._circumstances: tuple[Any, ...] = ()
 
     def forget(self) -> None:
-        """Drop what is waiting, and what was stacked for evaluation."""
+        """Drop all that was remembered: called whenever members change between training and evaluation."""
         self.forget_waiting()
-        self._stacked = None
+        self._stacked: tuple[tuple[Any, ...], Stacked] | None = None
+        self._learned: tuple[nn.Parameter, ...] | None = None
+        self._arranged: dict[tuple[Any, ...], _Arrangement] = {}
+
+    # -- what the work depends on --------------------------------------------------------------------------------------
 
     def _now(self, layer: ExpertLinear, x: Tensor, base_dtype: torch.dtype) -> tuple[Any, ...]:
         """Everything that the work depends on; tensors by identity and by their counters of changes."""
@@ -81,78 +111,96 @@ class SharedInput:
         return (*facts, x._version, *self._versions())
 
     def _versions(self) -> tuple[int, ...]:
-        return tuple(p._version for member in self.members for p in member.learned())
+        """Another answer where any factor or router may have changed."""
+        if self._learned is None:
+            self._learned = tuple(p for member in self.members for p in member.learned())
+        return (_optimizer_steps, *[p._version for p in self._learned])
 
-    def _compute(self, members: Sequence[ExpertLinear], x: Tensor, base_dtype: torch.dtype) -> dict[str, SeenInput]:
+    def _arrange(self, members: tuple[ExpertLinear, ...], tokens: int) -> _Arrangement:
+        """Decided once for every kind of pass: walking over modules costs as much as a narrow product in decoding."""
+        first = members[0]
+        key = (len(members), first.site, first.context.mode, first.training, tokens >= FEWEST_TOKENS)
+        if key not in self._arranged:
+            most = tuple(member.most_experts() for member in members)
+            shrunk = tuple(
+                member
+                for member, bound in zip(members, most, strict=True)
+                if member.bank.form_for(bound, tokens) == "concatenated"
+            )
+            asked = tuple(member for member in members if member.linear_score is not None)
+            experts = tuple(member.bank.num_experts for member in asked)
+            alike = all(asked[0].router.is_like(member.router) for member in asked[1:])
+            self._arranged[key] = _Arrangement(
+                members,
+                most,
+                shrunk,
+                tuple(member.bank.down.shape[0] for member in shrunk),
+                asked,
+                experts,
+                len(asked) > 1 and alike and len(set(experts)) == 1,
+                any(member.linear_score[1] is not None for member in asked),
+            )
+        return self._arranged[key]
+
+    # -- the work ------------------------------------------------------------------------------------------------------
+
+    def _compute(
+        self, members: tuple[ExpertLinear, ...], x: Tensor, base_dtype: torch.dtype
+    ) -> dict[str, SeenInput]:
         x_ND = x.reshape(-1, x.shape[-1])
         dtype = narrow_dtype(base_dtype, x.device)
-        most = [member.most_experts() for member in members]
-        shrunk = [
-            member
-            for member, bound in zip(members, most, strict=True)
-            if member.bank.form_for(bound, x_ND.shape[0]) == "concatenated"
-        ]
-        asked = [member for member in members if member.linear_score is not None]
-        dropout = max(member.bank.active_dropout for member in members)
+        plan = self._arrange(members, x_ND.shape[0])
+        training = members[0].training
+        dropout = max([member.bank.active_dropout for member in members]) if training else 0.0
         kept = draw(x_ND, dropout) if dropout > 0.0 else None
-        hidden_N, logits_N = self._products(x_ND, shrunk, asked, kept, dtype)
+        # in training a pass without gradient must give the very numbers of the pass with gradient that follows it
+        scaled = not (training or torch.is_grad_enabled() or torch.compiler.is_compiling())
+        if scaled:
+            hidden_N, logits_N = shrink_stacked(x_ND, self._prepared(plan, dtype))
+        else:
+            downs = [member.bank.down for member in plan.shrunk]
+            routers = [member.linear_score[0] for member in plan.asked]
+            hidden_N, logits_N = shrink_all(x_ND, downs, routers, kept, dtype)
         hidden: dict[str, Tensor] = {}
-        if shrunk:
-            parts = hidden_N.split([member.bank.down.shape[0] for member in shrunk], dim=1)
-            hidden = {member.site: part for member, part in zip(shrunk, parts, strict=True)}
-        routings = _ask(asked, logits_N) if asked else {}
-        return {
-            member.site: SeenInput(
-                x_ND=x_ND,
-                routing=routings[member.site] if member.site in routings else member.decide(x_ND),
-                unweighted=member.is_unweighted,
-                most=bound,
-                hidden_NR=hidden.get(member.site),
-                kept=kept,
-                dtype=dtype,
-            )
-            for member, bound in zip(members, most, strict=True)
-        }
+        if plan.shrunk:
+            parts = hidden_N.split(plan.ranks, dim=1)
+            hidden = {member.site: part for member, part in zip(plan.shrunk, parts, strict=True)}
+        routings = _ask(plan, logits_N) if plan.asked else {}
+        seen = {}
+        for member, bound in zip(members, plan.most, strict=True):
+            site = member.site
+            routing = routings[site] if site in routings else member.decide(x_ND)
+            unweighted = not plan.asked and member.is_unweighted
+            seen[site] = SeenInput(x_ND, routing, unweighted, bound, hidden.get(site), scaled, kept, dtype)
+        return seen
 
-    def _products(
-        self,
-        x_ND: Tensor,
-        shrunk: Sequence[ExpertLinear],
-        asked: Sequence[ExpertLinear],
-        kept: Kept | None,
-        dtype: torch.dtype,
-    ) -> tuple[Tensor, Tensor]:
-        """hidden and logits of the members side by side, from one product each, or from one for both."""
-        downs = [member.bank.down for member in shrunk]
-        routers = [member.linear_score[0] for member in asked]
-        if torch.is_grad_enabled() or torch.compiler.is_compiling() or kept is not None:
-            return shrink_all(x_ND, downs, routers, kept, dtype)
-        # a generation loop comes here for every token: stack the factors once, until one of them changes
-        key = (dtype, len(shrunk), len(asked), self.members[0].training, *self._versions())
-        key += tuple(tensor.data_ptr() for tensor in (*downs, *routers))
+    def _prepared(self, plan: _Arrangement, dtype: torch.dtype) -> Stacked:
+        """The factors one below the other, scales multiplied in: a generation loop comes here for every token, so this
+        is done once, until one of them changes."""
+        key = (dtype, plan.members, len(plan.shrunk), self._versions(), tuple([p.data_ptr() for p in self._learned]))
         if self._stacked is None or self._stacked[0] != key:
+            downs = [member.bank.scaled_down() for member in plan.shrunk]
+            routers = [member.linear_score[0] for member in plan.asked]
             self._stacked = (key, stack(downs, routers, dtype, dropout=False))
-        return shrink_stacked(x_ND, self._stacked[1])
+        return self._stacked[1]
 
 
 def _same(now: tuple[Any, ...], before: tuple[Any, ...]) -> bool:
     return len(now) == len(before) and now[0] is before[0] and now[1:] == before[1:]
 
 
-def _ask(asked: Sequence[ExpertLinear], logits_N: Tensor) -> dict[str, Routing]:
+def _ask(plan: _Arrangement, logits_N: Tensor) -> dict[str, Routing]:
     """The decisions of the routers whose logits are known; taken together where the routers are alike."""
-    first = asked[0].router
-    experts = [member.bank.num_experts for member in asked]
-    biases = [member.linear_score[1] for member in asked]
-    if len(asked) > 1 and all(first.is_like(member.router) for member in asked[1:]) and len(set(experts)) == 1:
-        logits_NME = logits_N.unflatten(1, (len(asked), experts[0]))
+    asked = plan.asked
+    biases = [member.linear_score[1] for member in asked] if plan.biased else [None] * len(asked)
+    if plan.together:
+        logits_NME = logits_N.view(-1, len(asked), plan.experts[0])
         if biases[0] is not None:
             logits_NME = logits_NME + torch.stack(biases)
-        routing = first.decide(logits_NME)
-        sites = [member.site for member in asked]
-        weights, logits = routing.weights_NE.unbind(1), routing.logits_NE.unbind(1)
-        return {site: Routing(w_NE, z_NE) for site, w_NE, z_NE in zip(sites, weights, logits, strict=True)}
+        routing = asked[0].router.decide(logits_NME)
+        parts = zip(asked, routing.weights_NE.unbind(1), routing.logits_NE.unbind(1), strict=True)
+        return {member.site: Routing(w_NE, z_NE) for member, w_NE, z_NE in parts}
     routings = {}
-    for member, logits_NE, bias_E in zip(asked, logits_N.split(experts, dim=1), biases, strict=True):
+    for member, logits_NE, bias_E in zip(asked, logits_N.split(plan.experts, dim=1), biases, strict=True):
         routings[member.site] = member.router.decide(logits_NE if bias_E is None else logits_NE + bias_E)
     return routings

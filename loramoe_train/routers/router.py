@@ -49,23 +49,33 @@ class Policy:
         same = one is two or (type(one) is type(two) and not isfunction(one) and vars(one) == vars(two))
         return same and self.weight == other.weight
 
-    def __call__(self, logits_NE: Tensor, normalise: Normalise) -> Tensor:
-        """(N, E) float32 weights, zero where an expert is not kept; differentiable where a weight depends on p."""
+    def __call__(self, logits_NE: Tensor, normalise: Normalise, *, shortest: bool = False) -> Tensor:
+        """(N, E) float32 weights, zero where an expert is not kept; differentiable where a weight depends on p.
+
+        `shortest`: in fewer operations where there are such, rounded differently.
+        """
+        renormalise = self.weight == "renormalised"
         if getattr(self.select, "keeps_all", False):
             p_NE = normalised(logits_NE, normalise)
             if self.weight == "unit":
                 return torch.ones_like(p_NE)
-            renormalise = self.weight == "renormalised" and normalise == "sigmoid"
-            return p_NE / p_NE.sum(dim=-1, keepdim=True) if renormalise else p_NE
+            # a softmax over all experts sums to one already
+            return p_NE / p_NE.sum(dim=-1, keepdim=True) if renormalise and normalise == "sigmoid" else p_NE
+        by_order = getattr(self.select, "by_order", False)
+        if shortest and by_order and self.most and renormalise and normalise == "softmax":
+            # the softmax over the k best logits, put in their places
+            best_NK, places_NK = logits_NE.topk(self.most, dim=-1)
+            return torch.zeros_like(logits_NE).scatter_(-1, places_NK, best_NK.softmax(dim=-1))
         with torch.no_grad():
-            kept_NE = self.select(normalised(logits_NE, normalise))
+            # a selection by order alone finds the same order in the logits
+            kept_NE = self.select(logits_NE if by_order else normalised(logits_NE, normalise))
         if self.weight == "unit":
             return kept_NE.to(logits_NE.dtype)
-        if self.weight == "renormalised" and normalise == "softmax":
+        if renormalise and normalise == "softmax":
             # p over the sum of the kept p is the softmax over the kept logits, which keeps one tensor for backward
             return logits_NE.masked_fill(~kept_NE, -torch.inf).softmax(dim=-1)
         w_NE = normalised(logits_NE, normalise) * kept_NE
-        return w_NE / w_NE.sum(dim=-1, keepdim=True) if self.weight == "renormalised" else w_NE
+        return w_NE / w_NE.sum(dim=-1, keepdim=True) if renormalise else w_NE
 
 
 def normalised(logits_NE: Tensor, how: Normalise) -> Tensor:
@@ -116,4 +126,6 @@ class Router(nn.Module):
         """The routing that follows from the scores; further dimensions may stand between N and E."""
         if self.temperature != 1.0:
             logits_NE = logits_NE / self.temperature
-        return Routing(self.policies[self.training](logits_NE, self.normalise), logits_NE)
+        # in training a pass without gradient gives the very numbers of the pass with gradient that follows it
+        shortest = not (self.training or torch.is_grad_enabled())
+        return Routing(self.policies[self.training](logits_NE, self.normalise, shortest=shortest), logits_NE)

@@ -16,6 +16,8 @@ class All:
 class TopK:
     """The `top_k` largest: exactly that many, even among ties. Raises ValueError when the layer has fewer experts."""
 
+    by_order = True  # monotone maps of the probabilities do not matter
+
     def __init__(self, top_k: int, num_experts: int) -> None:
         if not 1 <= top_k <= num_experts:
             raise ValueError(f"top_k must lie between 1 and the layer's {num_experts} experts, got {top_k}")

@@ -204,6 +204,47 @@ def test_evaluation_stacks_once_until_a_weight_changes():
         assert layers[0].shared._stacked is None
 
 
+@pytest.mark.parametrize("fused", [True, False])
+@pytest.mark.parametrize("training", [True, False])
+def test_an_optimizer_step_is_noticed(fused, training):
+    """The fused AdamW does not count up `_version`; a pass without gradient must see what it did all the same."""
+    layers = make_layers(torch.float32).train(training)
+    share(list(layers))
+    optimizer = torch.optim.AdamW([p for p in layers.parameters() if p.requires_grad], lr=0.1, fused=fused)
+    x = torch.randn(N, D)
+
+    def outputs(module):
+        with torch.no_grad(), module[0].context.open(facts()):
+            return [layer(x) for layer in module]
+
+    before = outputs(layers)
+    for parameter in layers.parameters():
+        parameter.grad = torch.ones_like(parameter)
+    optimizer.step()
+    after = outputs(layers)
+    torch.testing.assert_close(after, outputs(copy.deepcopy(layers)), rtol=0, atol=0)
+    assert not torch.equal(before[0], after[0])
+
+
+@pytest.mark.parametrize("base", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("top_k", [1, 3])
+@pytest.mark.parametrize("form", ["concatenated", "grouped"])
+def test_in_training_a_pass_without_gradient_is_the_pass_with_it(base, top_k, form):
+    """Statistics for the auxiliary losses of a step are collected in such a pass: bit for bit the same routing."""
+    layers = make_layers(torch.float32, top_k=top_k, form=form, dropout=0.25).train()
+    share(list(layers))
+    for layer in layers:
+        layer.base.to(base)
+    x = torch.randn(N, D).to(base)
+    found = []
+    for grad in (False, True):
+        torch.manual_seed(3)
+        with torch.set_grad_enabled(grad), layers[0].context.open(facts()) as records:
+            outputs = [layer(x).detach() for layer in layers]
+            found.append([*outputs, *(routing.weights_NE.detach() for routing in records.values())])
+    assert all(torch.equal(one, other) for one, other in zip(*found, strict=True)) and len(found[0]) == 6
+
+
 def test_what_waits_is_dropped_when_the_pass_ends():
     layers = make_layers()
     share(list(layers))
