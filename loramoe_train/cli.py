@@ -87,6 +87,20 @@ def evaluate() -> None:
     _guard(job)
 
 
+def export() -> None:
+    """`loramoe-export PATH NEW_FOLDER route=...`: a static route of a routed adapter as a PEFT LoRA folder."""
+
+    def job() -> None:
+        if len(sys.argv) < 2 or sys.argv[1] in ("-h", "--help"):
+            print("loramoe-export RUN_OR_ADAPTER NEW_FOLDER route=uniform|all|expert:NUMBER|domain:NAME")
+            return
+        from loramoe_train.export import export
+
+        print(export(sys.argv[1:]))
+
+    _guard(job)
+
+
 class _Terminated(BaseException):
     """SIGTERM outside the training loop. No Exception, for the same reason as KeyboardInterrupt."""
 

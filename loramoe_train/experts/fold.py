@@ -1,0 +1,56 @@
+"""Static routes folded into one LoRA: where every token gets the same weights, experts are one adapter of their summed
+rank, `delta = sum_e w_e s_e up_e^T down_e = (rows of up, times w s)^T (rows of down)`, exactly.
+
+That serves what needs no router at inference: the expert of one domain (hard or task-gated routing), one expert, or the
+uniform average. The result is a plain PEFT folder that any program can merge or serve.
+
+Legend: R sum of the ranks used, D in, O out.
+"""
+
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from loramoe_train.errors import ConfigError, nearest
+from loramoe_train.experts.peft_folder import LoraFactors
+from loramoe_train.experts.plan import ExpertSpec
+from loramoe_train.routing.fixed import domain_table
+
+Route = Sequence[float]  # one weight per expert
+
+
+def route_weights(route: str, *, experts: int, domains: Sequence[str]) -> list[float]:
+    """The weights of a static route: `uniform`, `all` (1 each), `expert:NUMBER` or `domain:NAME`.
+
+    Raises ConfigError for another route, an expert that the layer does not have, or an unknown domain.
+    """
+    kind, _, value = route.partition(":")
+    if kind == "uniform" and not value:
+        return [1.0 / experts] * experts
+    if kind == "all" and not value:
+        return [1.0] * experts
+    if kind == "expert" and value.isdecimal():
+        if int(value) >= experts:
+            raise ConfigError(f"route={route}: a layer has experts 0 to {experts - 1}")
+        return [float(e == int(value)) for e in range(experts)]
+    if kind == "domain" and value:
+        if value not in domains:
+            raise ConfigError(f"route={route}: no such domain{nearest(value, domains)}")
+        return domain_table(len(domains), experts)[list(domains).index(value)].tolist()
+    raise ConfigError(f"route={route}: write uniform, all, expert:NUMBER or domain:NAME")
+
+
+def fold(
+    plan: Mapping[str, ExpertSpec], tensors: Mapping[str, Tensor], route: str, *, domains: Sequence[str]
+) -> dict[str, LoraFactors]:
+    """Site -> one pair of factors. `tensors` are those of an adapter folder: `SITE.bank.down` and `SITE.bank.up`."""
+    folded = {}
+    for site, spec in plan.items():
+        weights = route_weights(route, experts=spec.num_experts, domains=domains)
+        factors = [weight * scale for weight, scale in zip(weights, spec.scales, strict=True)]
+        factor_R = torch.tensor([f for f, rank in zip(factors, spec.ranks, strict=True) for _ in range(rank)])
+        used_R = factor_R != 0
+        down_RD, up_RO = tensors[f"{site}.bank.down"][used_R], tensors[f"{site}.bank.up"][used_R]
+        folded[site] = LoraFactors(down_RD, (up_RO * factor_R[used_R, None]).T)
+    return folded
