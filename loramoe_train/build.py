@@ -104,7 +104,7 @@ def attach(
     def make_bank(spec: ExpertSpec, device: torch.device) -> Any:
         shape = {"d_in": spec.site.in_features, "d_out": spec.site.out_features}
         shape |= {"ranks": spec.ranks, "scales": spec.scales, "dropout": config.experts.dropout}
-        shape |= {"form": config.experts.form, "keep_hidden": config.experts.keep_hidden}
+        shape |= {"form": config.experts.form}
         return make(config.experts.make, "experts.make", spec, device, **shape)
 
     def make_router(spec: ExpertSpec, device: torch.device) -> nn.Module | None:

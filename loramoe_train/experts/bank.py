@@ -18,7 +18,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from loramoe_train.experts.concatenated import Again, add_experts, add_prepared
+from loramoe_train.experts.chosen import add_chosen
+from loramoe_train.experts.concatenated import add_experts, add_prepared
 from loramoe_train.experts.forms import Form, FormChoice, choose_form
 from loramoe_train.experts.grouped import add_grouped
 from loramoe_train.experts.shared import SeenInput
@@ -36,18 +37,16 @@ class ExpertBank(nn.Module):
         scales: Sequence[float],
         dropout: float = 0.0,
         form: FormChoice = "auto",
-        keep_hidden: bool = False,
         device: torch.device | str | None = None,
         generator: torch.Generator | None = None,
     ) -> None:
-        """`keep_hidden`: the narrow intermediate stays for backward; otherwise it is computed again there."""
         super().__init__()
         if not ranks or min(ranks) < 0 or len(ranks) != len(scales):
             raise ValueError(
                 f"an expert bank needs one non-negative rank and one scale per expert, got {ranks}, {scales}"
             )
         self.d_in, self.d_out, self.ranks, self.scales = d_in, d_out, tuple(ranks), tuple(scales)
-        self.dropout, self.form, self.keep_hidden = dropout, form, keep_hidden
+        self.dropout, self.form = dropout, form
         total = sum(ranks)
         self.down = nn.Parameter(torch.empty(total, d_in, device=device, dtype=torch.float32))
         self.up = nn.Parameter(torch.zeros(total, d_out, device=device, dtype=torch.float32))
@@ -76,18 +75,18 @@ class ExpertBank(nn.Module):
 
     def add_to(self, y: Tensor, seen: SeenInput) -> Tensor:
         """y (..., O) plus the experts' weighted outputs, in place where y allows it."""
-        if seen.hidden_NR is None:
+        routing, hidden_NR = seen.routing, seen.hidden_NR
+        if hidden_NR is None:
             stacked = (self.num_experts, self.ranks[0])
             down_ERD, up_ERO = self.down.unflatten(0, stacked), self.up.unflatten(0, stacked)
-            weights_NE = seen.routing.weights_NE
-            return add_grouped(
-                y, seen.x_ND, weights_NE, down_ERD, up_ERO, self.scale_E, seen.most, seen.kept, seen.dtype
-            )
-        weights_NE = None if seen.unweighted else seen.routing.weights_NE
+            return add_grouped(y, seen.x_ND, routing.chosen, down_ERD, up_ERO, self.scale_E, seen.kept, seen.dtype)
+        weights_NE = None if seen.unweighted else routing.weights_NE
         if seen.scaled:
-            return add_prepared(y, seen.hidden_NR, weights_NE, self.up, self.expert_R)
-        again = None if self.keep_hidden else Again(seen.x_ND, self.down, seen.kept)
-        return add_experts(y, seen.hidden_NR, weights_NE, self.up, self.scale_E, self.expert_R, again)
+            return add_prepared(y, hidden_NR, weights_NE, self.up, self.expert_R)
+        few = routing.chosen is not None and routing.chosen.experts_NK.shape[1] < self.num_experts
+        if few and self.expert_R is None and not torch.compiler.is_compiling():
+            return add_chosen(y, hidden_NR, routing.chosen, self.up, self.scale_E)
+        return add_experts(y, hidden_NR, weights_NE, self.up, self.scale_E, self.expert_R)
 
     def scaled_down(self) -> Tensor:
         """(R, D): each expert's rows of `down` times its scale."""

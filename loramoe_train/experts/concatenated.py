@@ -4,8 +4,8 @@
     gated  = hidden * w s      y += gated up                 `add_experts`: w of the column's expert, in place on W x
 
 Differentiated by hand, because what autograd would keep is several times as much as what backward needs: x in the
-base's dtype (which the frozen base itself does not need), the weights w, and `hidden`, or nothing in place of `hidden`
-where it is computed again. With dy the gradient of y:
+base's dtype (which the frozen base itself does not need), the weights w, and `hidden`; of `hidden` only the columns of
+the experts that a token has, where their number is bounded (`chosen.py`). With dy the gradient of y:
 
     dgated = dy up^T     dup = gated^T dy     dw_e = s_e sum over the columns of e of dgated * hidden
     dhidden = dgated * w s     ddown = dhidden^T x     drouter = dlogits^T x     dx = dhidden down + dlogits router
@@ -151,12 +151,13 @@ class _Shrink(torch.autograd.Function):
                 grads += [None] * len(members)
                 continue
             g_N = g_N.to(dtype)
-            parts: list[Tensor | None] = [None] * len(members)
             if any(learns):
                 seen_ND = x_ND if dropped is None else dropped(x_ND)
-                parts = list(correlate(g_N, seen_ND).split([member.shape[0] for member in members]))
-            for member, part, learn in zip(members, parts, learns, strict=True):
-                grads.append(part.to(member.dtype) if learn else None)
+                together = correlate(g_N, seen_ND).to(members[0].dtype)  # factors and routers are of one dtype
+                parts = together.split([member.shape[0] for member in members])
+                grads += [part if learn else None for part, learn in zip(parts, learns, strict=True)]
+            else:
+                grads += [None] * len(members)
             if ctx.needs_input_grad[0]:
                 part_ND = expand(g_N, torch.cat(list(members)).to(dtype), ctx.x_dtype)
                 part_ND = part_ND if dropped is None else dropped(part_ND)
@@ -165,15 +166,6 @@ class _Shrink(torch.autograd.Function):
 
 
 # -- expand ------------------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Again:
-    """What it takes to compute `hidden` once more in backward: its input, its factor and the dropout."""
-
-    x_ND: Tensor
-    down_RD: Tensor
-    kept: Kept | None
 
 
 def gate(hidden_NR: Tensor, weights_NE: Tensor | None, scale_E: Tensor | None, expert_R: Tensor | None) -> Tensor:
@@ -209,24 +201,16 @@ def add_experts(
     up_RO: Tensor,
     scale_E: Tensor,
     expert_R: Tensor | None,
-    again: Again | None = None,
 ) -> Tensor:
     """y + gated up, in place where y allows it. y (..., O) of N rows in the base's dtype.
 
-    `weights_NE` float32 (float64), None for 1 everywhere. With `again`, `hidden` is not kept but computed again in
-    backward.
+    `weights_NE` float32 (float64), None for 1 everywhere.
     """
     if torch.compiler.is_compiling():
         with precise(y):
             gated_NR = gate(hidden_NR, weights_NE, scale_E, expert_R)
             return y + (gated_NR @ up_RO.to(hidden_NR.dtype)).view(y.shape).to(y.dtype)
-    y = own(y)
-    x_ND, down_RD, mask_ND, factor = None, None, None, 1.0
-    if again is not None:
-        x_ND, down_RD = again.x_ND.detach(), again.down_RD.detach()
-        if again.kept is not None:
-            mask_ND, factor = again.kept.mask_ND, again.kept.factor
-    return _Expand.apply(y, hidden_NR, weights_NE, up_RO, scale_E, expert_R, x_ND, down_RD, mask_ND, factor)
+    return _Expand.apply(own(y), hidden_NR, weights_NE, up_RO, scale_E, expert_R)
 
 
 def add_prepared(
@@ -260,38 +244,29 @@ class _Expand(torch.autograd.Function):
         up_RO: Tensor,
         scale_E: Tensor,
         expert_R: Tensor | None,
-        x_ND: Tensor | None,
-        down_RD: Tensor | None,
-        mask_ND: Tensor | None,
-        factor: float,
     ) -> Tensor:
         dtype = hidden_NR.dtype
         gated_NR = gate(hidden_NR, weights_NE, scale_E, expert_R)
         with precise(y):
             expand_onto(y.view(-1, y.shape[-1]), gated_NR, up_RO.to(dtype))
         ctx.mark_dirty(y)
-        ctx.dtype, ctx.factor = dtype, factor
+        ctx.dtype = dtype
         needed = ctx.needs_input_grad[2] or ctx.needs_input_grad[3]  # dhidden itself needs no hidden
-        own_NR = hidden_NR if needed and x_ND is None else None
-        ctx.save_for_backward(own_NR, weights_NE, up_RO, scale_E, expert_R, x_ND if needed else None, down_RD, mask_ND)
+        ctx.save_for_backward(hidden_NR if needed else None, weights_NE, up_RO, scale_E, expert_R)
         return y
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-        hidden_NR, weights_NE, up_RO, scale_E, expert_R, x_ND, down_RD, mask_ND = ctx.saved_tensors
-        dtype = ctx.dtype
-        if x_ND is not None:
-            seen_ND = x_ND if mask_ND is None else Kept(mask_ND, ctx.factor)(x_ND)
-            hidden_NR = shrink(seen_ND, down_RD.to(dtype))
+        hidden_NR, weights_NE, up_RO, scale_E, expert_R = ctx.saved_tensors
         dy_NO = dy.reshape(-1, dy.shape[-1])
         _, need_hidden, need_weights, need_up, *_ = ctx.needs_input_grad
         dup = correlate(gate(hidden_NR, weights_NE, scale_E, expert_R), dy_NO).to(up_RO.dtype) if need_up else None
         dhidden_NR = dweights_NE = None
         if need_hidden or need_weights:
-            dgated_NR = shrink(dy_NO, up_RO.to(dtype))
+            dgated_NR = shrink(dy_NO, up_RO.to(ctx.dtype))
         if need_weights:
             dweights_NE = _sum_by_expert(dgated_NR * hidden_NR, len(scale_E), expert_R).mul_(scale_E)
         if need_hidden:
             dhidden_NR = gate(dgated_NR, weights_NE, scale_E, expert_R)
-        return dy, dhidden_NR, dweights_NE, dup, None, None, None, None, None, None
+        return dy, dhidden_NR, dweights_NE, dup, None, None

@@ -1,15 +1,23 @@
-"""The grouped form: tokens sorted by expert, one product per expert over its own tokens, in one grouped call.
+"""The grouped form: the tokens of an expert side by side, one product per expert over its own tokens, in one call.
 
 Cost and memory do not depend on the number of experts, but every chosen (token, expert) pair is gathered, so it pays
-only for many or wide experts (`forms.py`). All experts have the same rank, and a token has at most `most` of them:
+only for many or wide experts (`forms.py`). All experts have the same rank, and a token has K of them:
 
     pairs (n, e) in order of e:    out_p = w_p s_e (x_n down_e^T) up_e        y_n += sum of the out_p of token n
 
-Differentiated by hand: x, the weights and the choice are kept, gathered copies are not.
+Differentiated by hand: x, the narrow intermediate and the choice are kept, gathered copies of x and dy are not.
 
-Legend: N tokens, D in, O out, E experts, R rank of one expert, P = N * most pairs.
+How the pairs lie side by side is a `Layout`. On a GPU they are sorted without gaps, for torch's `grouped_mm`. On a CPU
+that function calls one small product per expert, and most of the time is the call; there the pairs lie in blocks of
+equally many places, filled up with pairs of weight 0, and one batched product serves all. An expert with more pairs
+than a block has places gets several blocks, so skewed routing costs no more than balanced routing and a block per
+expert. Measured for 1,024 pairs, 64 experts of rank 8 at width 576: 1.8 ms in float32 and 5.3 ms in bfloat16 through
+`grouped_mm` for down, up and one correlation, against 0.8 and 0.4 ms in blocks.
+
+Legend: N tokens, D in, O out, E experts, K experts of a token, R rank of one, P = N * K pairs, S places, B blocks.
 """
 
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -17,70 +25,96 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional
 
+from loramoe_train.experts.chosen import scaled
 from loramoe_train.experts.concatenated import Kept, own, precise
+from loramoe_train.routing.types import Chosen
 
 _GROUPED_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _ALIGNMENT = 16  # bytes: strides of what `grouped_mm` reads
+BLOCK_MARGIN = 1.5  # places of a block, in pairs of an evenly used expert
 
 
 def add_grouped(
     y: Tensor,
     x_ND: Tensor,
-    weights_NE: Tensor,
+    chosen: Chosen,
     down_ERD: Tensor,
     up_ERO: Tensor,
     scale_E: Tensor,
-    most: int,
     kept: Kept | None,
     dtype: torch.dtype,
 ) -> Tensor:
-    """y + the experts' outputs, in place where y allows it. y (..., O) of N rows.
-
-    `weights_NE` has at most `most` entries per row that are not zero; further ones would be left out. Products run in
-    `dtype`.
-    """
-    y = own(y)
+    """y + the experts' outputs, in place where y allows it. y (..., O) of N rows. Products run in `dtype`."""
     mask_ND, factor = (None, 1.0) if kept is None else (kept.mask_ND, kept.factor)
-    return _Grouped.apply(y, x_ND, weights_NE, down_ERD, up_ERO, scale_E, most, mask_ND, factor, dtype)
+    experts_NK, weights_NK = chosen.experts_NK, chosen.weights_NK
+    return _Grouped.apply(own(y), x_ND, weights_NK, experts_NK, down_ERD, up_ERO, scale_E, mask_ND, factor, dtype)
 
 
-def grouped_product(rows_PD: Tensor, factors_EDR: Tensor, ends_E: Tensor) -> Tensor:
-    """(P, R): each row times the factor of its group; group e holds the rows before ends_E[e] (int32)."""
-    if _served(rows_PD, factors_EDR):
-        return functional.grouped_mm(rows_PD, factors_EDR, offs=ends_E)
-    padded, place_P = _padded(rows_PD, ends_E)
-    return torch.bmm(padded, factors_EDR).flatten(0, 1)[place_P]
+@dataclass(frozen=True)
+class Layout:
+    """Where the pairs lie: place s holds pair `pair_S[s]`, or nothing where that is P.
+
+    Either group e has the places before `ends_E[e]` (int32) and after its predecessor's, or the places form blocks of
+    equal size, the b-th of expert `expert_B[b]`.
+    """
+
+    pair_S: Tensor  # int64
+    ends_E: Tensor | None
+    expert_B: Tensor | None
+    size: int  # places of a block
+    experts: int
+
+    def product(self, rows_SD: Tensor, factors_EDR: Tensor) -> Tensor:
+        """(S, R): each row times the factor of its expert."""
+        if self.expert_B is None:
+            return functional.grouped_mm(rows_SD, factors_EDR, offs=self.ends_E)
+        return torch.bmm(self._blocks(rows_SD), self._of_blocks(factors_EDR)).flatten(0, 1)
+
+    def correlation(self, left_SR: Tensor, right_SD: Tensor) -> Tensor:
+        """(E, R, D): left^T right over the rows of each expert."""
+        if self.expert_B is None:
+            return functional.grouped_mm(left_SR.T, right_SD, offs=self.ends_E)
+        of_blocks = torch.bmm(self._blocks(left_SR).transpose(1, 2), self._blocks(right_SD))
+        if len(self.expert_B) == self.experts:
+            return of_blocks
+        return of_blocks.new_zeros(self.experts, *of_blocks.shape[1:]).index_add_(0, self.expert_B, of_blocks)
+
+    def _blocks(self, rows_SD: Tensor) -> Tensor:
+        return rows_SD.view(len(self.expert_B), self.size, rows_SD.shape[1])
+
+    def _of_blocks(self, factors_EDR: Tensor) -> Tensor:
+        # as many blocks as experts: block e is that of expert e
+        return factors_EDR if len(self.expert_B) == self.experts else factors_EDR.index_select(0, self.expert_B)
 
 
-def grouped_correlation(left_PR: Tensor, right_PD: Tensor, ends_E: Tensor) -> Tensor:
-    """(E, R, D): left^T right over the rows of each group."""
-    if _served(left_PR, right_PD):
-        return functional.grouped_mm(left_PR.T, right_PD, offs=ends_E)
-    left, _ = _padded(left_PR, ends_E)
-    right, _ = _padded(right_PD, ends_E)
-    return torch.bmm(left.transpose(1, 2), right)
+def lay_out(experts_NK: Tensor, experts: int, *, blocks: bool) -> Layout:
+    """Bring together the pairs of each expert, in order of tokens."""
+    expert_P, pair_P = experts_NK.flatten().sort(stable=True)
+    counts_E = torch.zeros(experts, dtype=torch.long, device=expert_P.device)
+    counts_E.index_add_(0, expert_P, torch.ones_like(expert_P))
+    if not blocks:
+        return Layout(pair_P, counts_E.cumsum(0, dtype=torch.int32), None, 0, experts)
+    pairs = len(expert_P)
+    size = max(1, min(int(counts_E.max()), -(-int(BLOCK_MARGIN * pairs) // experts)))
+    # an idle expert has a block too, so that block e is as a rule that of expert e
+    blocks_E = ((counts_E + size - 1) // size).clamp(min=1) if pairs else counts_E
+    expert_B = torch.repeat_interleave(torch.arange(experts, device=expert_P.device), blocks_E)
+    # a pair's place: those of the blocks of earlier experts, then its own number among the pairs of its expert
+    shift_E = (blocks_E.cumsum(0) - blocks_E) * size - (counts_E.cumsum(0) - counts_E)
+    place_P = shift_E[expert_P] + torch.arange(pairs, device=expert_P.device)
+    pair_S = torch.full((len(expert_B) * size,), pairs, device=expert_P.device).index_copy_(0, place_P, pair_P)
+    return Layout(pair_S, None, expert_B, size, experts)
 
 
-def _served(*operands: Tensor) -> bool:
-    """Whether torch's grouped product takes these operands, whose innermost sizes become strides."""
+def grouped_mm_serves(*operands: Tensor) -> bool:
+    """Whether torch's grouped product is the better one on this device, and takes these operands."""
     return all(
-        tensor.dtype in _GROUPED_DTYPES
+        tensor.device.type != "cpu"
+        and tensor.dtype in _GROUPED_DTYPES
         and tensor.numel() > 0
         and all(stride == 1 or stride * tensor.element_size() % _ALIGNMENT == 0 for stride in tensor.stride())
         for tensor in operands
     )
-
-
-def _padded(rows_PD: Tensor, ends_E: Tensor) -> tuple[Tensor, Tensor]:
-    """(E, C, D) with the rows of each group and zeros behind them, C the largest group; and each row's place in it."""
-    groups = ends_E.shape[0]
-    sizes_E = ends_E.diff(prepend=ends_E.new_zeros(1)).long()
-    capacity = int(sizes_E.max()) if rows_PD.shape[0] else 0
-    group_P = torch.repeat_interleave(torch.arange(groups, device=rows_PD.device), sizes_E, output_size=len(rows_PD))
-    first_P = (ends_E.long() - sizes_E)[group_P]
-    place_P = group_P * capacity + torch.arange(len(rows_PD), device=rows_PD.device) - first_P
-    padded = rows_PD.new_zeros(groups * capacity, rows_PD.shape[1]).index_copy(0, place_P, rows_PD)
-    return padded.view(groups, capacity, rows_PD.shape[1]), place_P
 
 
 class _Grouped(torch.autograd.Function):
@@ -89,68 +123,68 @@ class _Grouped(torch.autograd.Function):
         ctx: Any,
         y: Tensor,
         x_ND: Tensor,
-        weights_NE: Tensor,
+        weights_NK: Tensor,
+        experts_NK: Tensor,
         down_ERD: Tensor,
         up_ERO: Tensor,
         scale_E: Tensor,
-        most: int,
         mask_ND: Tensor | None,
         factor: float,
         dtype: torch.dtype,
     ) -> Tensor:
-        experts = weights_NE.shape[1]
-        # the largest weights are the chosen experts; a place that nobody fills has weight zero and adds nothing
-        chosen_Nk = weights_NE.topk(most, dim=1).indices
-        expert_P, order_P = chosen_Nk.flatten().sort(stable=True)
-        token_P = order_P.div(most, rounding_mode="floor")
-        counts_E = torch.zeros(experts, dtype=torch.int32, device=y.device).index_add_(
-            0, expert_P, torch.ones_like(expert_P, dtype=torch.int32)
-        )
-        ends_E = counts_E.cumsum(0, dtype=torch.int32)
-        weight_P = (weights_NE[token_P, expert_P] * scale_E[expert_P]).to(dtype)
+        down, up = down_ERD.to(dtype), up_ERO.to(dtype)
+        layout = lay_out(experts_NK, len(scale_E), blocks=not grouped_mm_serves(down, up))
         kept = None if mask_ND is None else Kept(mask_ND, factor)
+        token_S, weight_S1 = _places(layout.pair_S, scaled(weights_NK, experts_NK, scale_E), dtype)
         with precise(y):
             seen_ND = x_ND if kept is None else kept(x_ND)
-            hidden_PR = grouped_product(_rows(seen_ND, token_P, dtype), down_ERD.to(dtype).transpose(1, 2), ends_E)
-            out_PO = grouped_product(hidden_PR * weight_P[:, None], up_ERO.to(dtype), ends_E)
-            y.view(-1, y.shape[-1]).index_add_(0, token_P, out_PO.to(y.dtype))
+            hidden_SR = layout.product(_rows(seen_ND, token_S, dtype), down.transpose(1, 2))
+            out_SO = layout.product(hidden_SR * weight_S1, up)
+            y.view(-1, y.shape[-1]).index_add_(0, token_S, out_SO.to(y.dtype))
         ctx.mark_dirty(y)
-        ctx.factor, ctx.dtype, ctx.x_dtype = factor, dtype, x_ND.dtype
+        ctx.factor, ctx.dtype, ctx.x_dtype, ctx.size = factor, dtype, x_ND.dtype, layout.size
         own_ND = x_ND if x_ND.element_size() <= dtype.itemsize else x_ND.to(dtype)
-        narrow = [t.to(torch.int32) for t in (token_P, expert_P)]
-        ctx.save_for_backward(own_ND, mask_ND, weights_NE, down_ERD, up_ERO, scale_E, *narrow, ends_E)
+        place = [layout.pair_S.to(torch.int32), layout.ends_E, layout.expert_B]
+        ctx.save_for_backward(own_ND, mask_ND, weights_NK, experts_NK, down_ERD, up_ERO, scale_E, hidden_SR, *place)
         return y
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-        x_ND, mask_ND, weights_NE, down_ERD, up_ERO, scale_E, token_P, expert_P, ends_E = ctx.saved_tensors
-        dtype, token_P, expert_P = ctx.dtype, token_P.long(), expert_P.long()
-        _, need_x, need_weights, need_down, need_up, *_ = ctx.needs_input_grad
+        x_ND, mask_ND, weights_NK, experts_NK, down_ERD, up_ERO, scale_E, hidden_SR, *place = ctx.saved_tensors
+        pair_S, ends_E, expert_B = place
+        layout, dtype = Layout(pair_S.long(), ends_E, expert_B, ctx.size, len(scale_E)), ctx.dtype
+        _, need_x, need_weights, _, need_down, need_up, *_ = ctx.needs_input_grad
         kept = None if mask_ND is None else Kept(mask_ND, ctx.factor)
-        down, up = down_ERD.to(dtype), up_ERO.to(dtype)
-        weight_P1 = (weights_NE[token_P, expert_P] * scale_E[expert_P]).to(dtype)[:, None]
-        x_PD = _rows(x_ND if kept is None else kept(x_ND), token_P, dtype)
-        dy_PO = _rows(dy.reshape(-1, dy.shape[-1]), token_P, dtype)
-        dgated_PR = grouped_product(dy_PO, up.transpose(1, 2), ends_E)
-        dup = ddown = dweights_NE = dx_ND = None
-        if need_up or need_weights:
-            hidden_PR = grouped_product(x_PD, down.transpose(1, 2), ends_E)
+        token_S, weight_S1 = _places(layout.pair_S, scaled(weights_NK, experts_NK, scale_E), dtype)
+        dy_SO = _rows(dy.reshape(-1, dy.shape[-1]), token_S, dtype)
+        dgated_SR = layout.product(dy_SO, up_ERO.to(dtype).transpose(1, 2))
+        dup = ddown = dweights_NK = dx_ND = None
         if need_up:
-            dup = grouped_correlation(hidden_PR * weight_P1, dy_PO, ends_E).to(up_ERO.dtype)
+            dup = layout.correlation(hidden_SR * weight_S1, dy_SO).to(up_ERO.dtype)
         if need_weights:
-            dweight_P = (dgated_PR * hidden_PR).sum(dim=1, dtype=weights_NE.dtype) * scale_E[expert_P]
-            dweights_NE = torch.zeros_like(weights_NE).index_put_((token_P, expert_P), dweight_P)
-        dhidden_PR = dgated_PR * weight_P1
+            dweight_S = (dgated_SR * hidden_SR).sum(dim=1, dtype=weights_NK.dtype)
+            by_pair = dweight_S.new_zeros(weights_NK.numel() + 1).index_copy_(0, layout.pair_S, dweight_S)
+            dweights_NK = scaled(by_pair[:-1].view(weights_NK.shape), experts_NK, scale_E)
+        dhidden_SR = dgated_SR * weight_S1
         if need_down:
-            ddown = grouped_correlation(dhidden_PR, x_PD, ends_E).to(down_ERD.dtype)
+            x_SD = _rows(x_ND if kept is None else kept(x_ND), token_S, dtype)
+            ddown = layout.correlation(dhidden_SR, x_SD).to(down_ERD.dtype)
         if need_x:
-            dx_PD = grouped_product(dhidden_PR, down, ends_E)
-            dx_ND = dx_PD.new_zeros(x_ND.shape).index_add_(0, token_P, dx_PD).to(ctx.x_dtype)
+            dx_SD = layout.product(dhidden_SR, down_ERD.to(dtype))
+            dx_ND = dx_SD.new_zeros(x_ND.shape).index_add_(0, token_S, dx_SD).to(ctx.x_dtype)
             dx_ND = dx_ND if kept is None else kept(dx_ND)
-        return dy, dx_ND, dweights_NE, ddown, dup, None, None, None, None, None
+        return dy, dx_ND, dweights_NK, None, ddown, dup, None, None, None, None
 
 
-def _rows(wide_ND: Tensor, token_P: Tensor, dtype: torch.dtype) -> Tensor:
-    """(P, D) in `dtype`. index_select: on a CPU several times as fast as indexing."""
-    return wide_ND.index_select(0, token_P).to(dtype)
+def _places(pair_S: Tensor, scaled_NK: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """(token (S,), w s (S, 1) in `dtype`) of every place; what holds nothing is the first token with weight 0."""
+    pairs, most = scaled_NK.numel(), scaled_NK.shape[1]
+    padded = torch.cat([scaled_NK.flatten(), scaled_NK.new_zeros(1)])
+    token_S = torch.where(pair_S < pairs, pair_S, 0).div(most, rounding_mode="floor")
+    return token_S, padded.index_select(0, pair_S).to(dtype).unsqueeze(-1)
+
+
+def _rows(wide_ND: Tensor, token_S: Tensor, dtype: torch.dtype) -> Tensor:
+    """(S, D) in `dtype`. index_select: on a CPU several times as fast as indexing."""
+    return wide_ND.index_select(0, token_S).to(dtype)

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from loramoe_train.experts.bank import ExpertBank
 from loramoe_train.experts.shared import SharedInput
 from loramoe_train.routing.context import RoutingContext
-from loramoe_train.routing.fixed import domain_weights, most_per_domain, uniform_weights
+from loramoe_train.routing.fixed import domain_routing, most_per_domain, uniform_weights
 from loramoe_train.routing.types import Routing
 
 
@@ -62,7 +62,7 @@ class ExpertLinear(nn.Module):
         return self.context.mode == "learned" and self.router is None
 
     def most_experts(self) -> int | None:
-        """The most experts that a token can have in the mode in force; None where that has no bound."""
+        """How many experts `Routing.chosen` will hold for each token in this mode; None where it is not made."""
         if self.context.mode == "by_domain":
             return most_per_domain(self.context.num_domains, self.bank.num_experts)
         return self._offer("most")
@@ -76,7 +76,7 @@ class ExpertLinear(nn.Module):
         experts = self.bank.num_experts
         if self.context.mode == "by_domain":
             tokens = self.context.tokens
-            return Routing(domain_weights(tokens.domain_N, self.context.num_domains, experts))
+            return domain_routing(tokens.domain_N, self.context.num_domains, experts)
         if self.context.mode == "uniform":
             return Routing(uniform_weights(x_ND, experts))
         if self.router is None:

@@ -12,7 +12,7 @@ Legend: N tokens, D in, M members of a group, E experts of a site, R rank column
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -22,7 +22,7 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 from loramoe_train.experts.concatenated import Kept, Stacked, draw, shrink_all, shrink_stacked, stack
 from loramoe_train.experts.forms import FEWEST_TOKENS
 from loramoe_train.experts.products import narrow_dtype
-from loramoe_train.routing.types import Routing
+from loramoe_train.routing.types import Chosen, Routing
 
 if TYPE_CHECKING:
     from loramoe_train.experts.linear import ExpertLinear
@@ -46,7 +46,6 @@ class SeenInput(NamedTuple):
     x_ND: Tensor
     routing: Routing
     unweighted: bool  # every weight is 1: there is no router
-    most: int | None  # experts per token at most
     hidden_NR: Tensor | None  # x down^T in `dtype`; None: the site is computed in the grouped form
     scaled: bool  # whether the experts' scales are in `hidden` already
     kept: Kept | None  # dropout on what the experts see
@@ -57,7 +56,6 @@ class _Arrangement(NamedTuple):
     """Who does what in a group; the same for every pass of one kind."""
 
     members: tuple[ExpertLinear, ...]
-    most: tuple[int | None, ...]  # experts per token, by member
     shrunk: tuple[ExpertLinear, ...]  # members in the concatenated form
     ranks: tuple[int, ...]  # rank columns of those
     asked: tuple[ExpertLinear, ...]  # members whose routers are asked in the shared product
@@ -121,18 +119,12 @@ class SharedInput:
         first = members[0]
         key = (len(members), first.site, first.context.mode, first.training, tokens >= FEWEST_TOKENS)
         if key not in self._arranged:
-            most = tuple(member.most_experts() for member in members)
-            shrunk = tuple(
-                member
-                for member, bound in zip(members, most, strict=True)
-                if member.bank.form_for(bound, tokens) == "concatenated"
-            )
+            shrunk = tuple(m for m in members if m.bank.form_for(m.most_experts(), tokens) == "concatenated")
             asked = tuple(member for member in members if member.linear_score is not None)
             experts = tuple(member.bank.num_experts for member in asked)
             alike = all(asked[0].router.is_like(member.router) for member in asked[1:])
             self._arranged[key] = _Arrangement(
                 members,
-                most,
                 shrunk,
                 tuple(member.bank.down.shape[0] for member in shrunk),
                 asked,
@@ -144,9 +136,7 @@ class SharedInput:
 
     # -- the work ------------------------------------------------------------------------------------------------------
 
-    def _compute(
-        self, members: tuple[ExpertLinear, ...], x: Tensor, base_dtype: torch.dtype
-    ) -> dict[str, SeenInput]:
+    def _compute(self, members: tuple[ExpertLinear, ...], x: Tensor, base_dtype: torch.dtype) -> dict[str, SeenInput]:
         x_ND = x.reshape(-1, x.shape[-1])
         dtype = narrow_dtype(base_dtype, x.device)
         plan = self._arrange(members, x_ND.shape[0])
@@ -167,11 +157,11 @@ class SharedInput:
             hidden = {member.site: part for member, part in zip(plan.shrunk, parts, strict=True)}
         routings = _ask(plan, logits_N) if plan.asked else {}
         seen = {}
-        for member, bound in zip(members, plan.most, strict=True):
+        for member in members:
             site = member.site
             routing = routings[site] if site in routings else member.decide(x_ND)
             unweighted = not plan.asked and member.is_unweighted
-            seen[site] = SeenInput(x_ND, routing, unweighted, bound, hidden.get(site), scaled, kept, dtype)
+            seen[site] = SeenInput(x_ND, routing, unweighted, hidden.get(site), scaled, kept, dtype)
         return seen
 
     def _prepared(self, plan: _Arrangement, dtype: torch.dtype) -> Stacked:
@@ -197,10 +187,19 @@ def _ask(plan: _Arrangement, logits_N: Tensor) -> dict[str, Routing]:
         logits_NME = logits_N.view(-1, len(asked), plan.experts[0])
         if biases[0] is not None:
             logits_NME = logits_NME + torch.stack(biases)
-        routing = asked[0].router.decide(logits_NME)
-        parts = zip(asked, routing.weights_NE.unbind(1), routing.logits_NE.unbind(1), strict=True)
-        return {member.site: Routing(w_NE, z_NE) for member, w_NE, z_NE in parts}
+        routings = _apart(asked[0].router.decide(logits_NME))
+        return {member.site: routing for member, routing in zip(asked, routings, strict=True)}
     routings = {}
     for member, logits_NE, bias_E in zip(asked, logits_N.split(plan.experts, dim=1), biases, strict=True):
         routings[member.site] = member.router.decide(logits_NE if bias_E is None else logits_NE + bias_E)
     return routings
+
+
+def _apart(together: Routing) -> Iterator[Routing]:
+    """The decisions of the members, from one whose tensors are (N, M, ...)."""
+    weights, logits, chosen = together.weights_NE.unbind(1), together.logits_NE.unbind(1), together.chosen
+    if chosen is None:
+        yield from map(Routing, weights, logits)
+    else:
+        few = map(Chosen, chosen.experts_NK.unbind(1), chosen.weights_NK.unbind(1))
+        yield from map(Routing, weights, logits, few)

@@ -8,7 +8,7 @@
 A token's weights depend on that token alone. LoRA-Mixer (arXiv 2507.00029): linear score, softmax; all experts while
 training, top-k renormalised at inference. MoLA, MixLoRA: top-k renormalised in both. LoRAMoE: all experts in both.
 
-Legend: N tokens, D in, E experts.
+Legend: N tokens, D in, E experts, K kept of a token.
 """
 
 from collections.abc import Callable
@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from loramoe_train.routing.context import RoutingContext
-from loramoe_train.routing.types import Routing
+from loramoe_train.routing.types import Chosen, Routing
 
 Select = Callable[[Tensor], Tensor]  # p_NE -> bool (N, E)
 Normalise = Literal["softmax", "sigmoid"]
@@ -40,8 +40,8 @@ class Policy:
 
     @property
     def most(self) -> int | None:
-        """The most experts that a token can keep; None without such a bound."""
-        return getattr(self.select, "top_k", None)
+        """How many experts a token keeps where that is the same for all, and `Routing.chosen` holds them; else None."""
+        return self.select.top_k if hasattr(self.select, "places") else None
 
     def is_like(self, other: "Policy") -> bool:
         """Whether both take the same decision from the same probabilities."""
@@ -49,33 +49,44 @@ class Policy:
         same = one is two or (type(one) is type(two) and not isfunction(one) and vars(one) == vars(two))
         return same and self.weight == other.weight
 
-    def __call__(self, logits_NE: Tensor, normalise: Normalise, *, shortest: bool = False) -> Tensor:
-        """(N, E) float32 weights, zero where an expert is not kept; differentiable where a weight depends on p.
-
-        `shortest`: in fewer operations where there are such, rounded differently.
-        """
+    def __call__(self, logits_NE: Tensor, normalise: Normalise) -> Routing:
+        """Float32 weights, zero where an expert is not kept; differentiable where a weight depends on p."""
+        if hasattr(self.select, "places"):
+            return self._weigh_few(logits_NE, normalise)
         renormalise = self.weight == "renormalised"
         if getattr(self.select, "keeps_all", False):
-            p_NE = normalised(logits_NE, normalise)
+            w_NE = normalised(logits_NE, normalise)
             if self.weight == "unit":
-                return torch.ones_like(p_NE)
-            # a softmax over all experts sums to one already
-            return p_NE / p_NE.sum(dim=-1, keepdim=True) if renormalise and normalise == "sigmoid" else p_NE
-        by_order = getattr(self.select, "by_order", False)
-        if shortest and by_order and self.most and renormalise and normalise == "softmax":
-            # the softmax over the k best logits, put in their places
-            best_NK, places_NK = logits_NE.topk(self.most, dim=-1)
-            return torch.zeros_like(logits_NE).scatter_(-1, places_NK, best_NK.softmax(dim=-1))
+                w_NE = torch.ones_like(w_NE)
+            elif renormalise and normalise == "sigmoid":  # a softmax over all experts sums to one already
+                w_NE = w_NE / w_NE.sum(dim=-1, keepdim=True)
+            return Routing(w_NE, logits_NE)
         with torch.no_grad():
-            # a selection by order alone finds the same order in the logits
-            kept_NE = self.select(logits_NE if by_order else normalised(logits_NE, normalise))
+            kept_NE = self.select(normalised(logits_NE, normalise))
         if self.weight == "unit":
-            return kept_NE.to(logits_NE.dtype)
-        if renormalise and normalise == "softmax":
+            w_NE = kept_NE.to(logits_NE.dtype)
+        elif renormalise and normalise == "softmax":
             # p over the sum of the kept p is the softmax over the kept logits, which keeps one tensor for backward
-            return logits_NE.masked_fill(~kept_NE, -torch.inf).softmax(dim=-1)
-        w_NE = normalised(logits_NE, normalise) * kept_NE
-        return w_NE / w_NE.sum(dim=-1, keepdim=True) if renormalise else w_NE
+            w_NE = logits_NE.masked_fill(~kept_NE, -torch.inf).softmax(dim=-1)
+        else:
+            w_NE = normalised(logits_NE, normalise) * kept_NE
+            w_NE = w_NE / w_NE.sum(dim=-1, keepdim=True) if renormalise else w_NE
+        return Routing(w_NE, logits_NE)
+
+    def _weigh_few(self, logits_NE: Tensor, normalise: Normalise) -> Routing:
+        with torch.no_grad():
+            places_NK = self.select.places(logits_NE)  # in the order of the probabilities
+        if self.weight == "unit":
+            w_NK = logits_NE.new_ones(places_NK.shape)
+        elif self.weight == "renormalised" and normalise == "softmax":
+            w_NK = logits_NE.gather(-1, places_NK).softmax(dim=-1)
+        elif self.weight == "renormalised":
+            w_NK = torch.sigmoid(logits_NE.gather(-1, places_NK))
+            w_NK = w_NK / w_NK.sum(dim=-1, keepdim=True)
+        else:
+            w_NK = normalised(logits_NE, normalise).gather(-1, places_NK)
+        w_NE = torch.zeros_like(logits_NE).scatter_(-1, places_NK, w_NK)
+        return Routing(w_NE, logits_NE, Chosen(places_NK, w_NK))
 
 
 def normalised(logits_NE: Tensor, how: Normalise) -> Tensor:
@@ -110,7 +121,7 @@ class Router(nn.Module):
 
     @property
     def most(self) -> int | None:
-        """The most experts that a token can get in the present mode; None without such a bound."""
+        """See `Policy.most`; of the present mode."""
         return self.policies[self.training].most
 
     def is_like(self, other: nn.Module) -> bool:
@@ -126,6 +137,4 @@ class Router(nn.Module):
         """The routing that follows from the scores; further dimensions may stand between N and E."""
         if self.temperature != 1.0:
             logits_NE = logits_NE / self.temperature
-        # in training a pass without gradient gives the very numbers of the pass with gradient that follows it
-        shortest = not (self.training or torch.is_grad_enabled())
-        return Routing(self.policies[self.training](logits_NE, self.normalise, shortest=shortest), logits_NE)
+        return self.policies[self.training](logits_NE, self.normalise)

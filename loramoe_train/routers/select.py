@@ -1,4 +1,8 @@
-"""Which experts a token keeps: functions of its probabilities, (N, E) -> bool (N, E)."""
+"""Which experts a token keeps: functions of its probabilities, (N, E) -> bool (N, E).
+
+A selection that keeps equally many of every token, and looks at nothing but the order of its probabilities, offers
+`places` too: then the router weighs those few alone.
+"""
 
 import torch
 from torch import Tensor
@@ -16,13 +20,14 @@ class All:
 class TopK:
     """The `top_k` largest: exactly that many, even among ties. Raises ValueError when the layer has fewer experts."""
 
-    by_order = True  # monotone maps of the probabilities do not matter
-
     def __init__(self, top_k: int, num_experts: int) -> None:
         if not 1 <= top_k <= num_experts:
             raise ValueError(f"top_k must lie between 1 and the layer's {num_experts} experts, got {top_k}")
         self.top_k = top_k
 
+    def places(self, scores_NE: Tensor) -> Tensor:
+        """(N, K) int64: the experts kept. `scores_NE`: the probabilities, or what has the same order."""
+        return scores_NE.topk(self.top_k, dim=-1).indices
+
     def __call__(self, p_NE: Tensor) -> Tensor:
-        kept_NK = p_NE.topk(self.top_k, dim=-1).indices
-        return torch.zeros_like(p_NE, dtype=torch.bool).scatter_(-1, kept_NK, True)
+        return torch.zeros_like(p_NE, dtype=torch.bool).scatter_(-1, self.places(p_NE), True)

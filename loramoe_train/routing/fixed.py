@@ -1,12 +1,14 @@
 """Decisions that need no router: hard routing by domain, and the uniform average.
 
-Legend: N tokens, E experts, G domains.
+Legend: N tokens, E experts, G domains, K experts of a domain at most.
 """
 
 from functools import lru_cache
 
 import torch
 from torch import Tensor
+
+from loramoe_train.routing.types import Chosen, Routing
 
 
 @lru_cache(maxsize=64)
@@ -26,10 +28,13 @@ def most_per_domain(num_domains: int, num_experts: int) -> int:
     return -(-num_experts // num_domains)
 
 
-def domain_weights(domain_N: Tensor, num_domains: int, num_experts: int) -> Tensor:
-    """(N, E) float32 for domain indices in [0, G); tokens of domain -1 (padding) use no expert."""
+def domain_routing(domain_N: Tensor, num_domains: int, num_experts: int) -> Routing:
+    """Hard routing for domain indices in [0, G); tokens of domain -1 (padding) use no expert."""
     table_GE = domain_table(num_domains, num_experts).to(domain_N.device)
-    return table_GE[domain_N.clamp(min=0)] * (domain_N >= 0).unsqueeze(-1)
+    weights_GK, experts_GK = table_GE.topk(most_per_domain(num_domains, num_experts), dim=1)
+    own_N, real_N1 = domain_N.clamp(min=0), (domain_N >= 0).unsqueeze(-1)
+    chosen = Chosen(experts_GK[own_N], weights_GK[own_N] * real_N1)
+    return Routing(table_GE[own_N] * real_N1, chosen=chosen)
 
 
 def uniform_weights(x_ND: Tensor, num_experts: int) -> Tensor:

@@ -1,6 +1,6 @@
 """The shared vocabulary of routing: what was decided for a token, and what is known about the tokens of a batch.
 
-Legend: B rows, S positions, N = B * S tokens, E experts.
+Legend: B rows, S positions, N = B * S tokens, E experts, K experts that a token may have.
 """
 
 from dataclasses import dataclass
@@ -10,11 +10,20 @@ from torch import Tensor
 
 
 @dataclass(frozen=True)
+class Chosen:
+    """The few experts of each token: what sparse computation needs of a decision."""
+
+    experts_NK: Tensor  # int64, no expert twice for one token
+    weights_NK: Tensor  # float32, the weights of those, some of which may be 0; every other weight is 0
+
+
+@dataclass(frozen=True)
 class Routing:
     """One decision of one router in one forward pass; never changed afterwards."""
 
     weights_NE: Tensor  # float32, 0 where a token does not use an expert
     logits_NE: Tensor | None = None  # float32, before normalising; None where nothing was scored
+    chosen: Chosen | None = None  # the same weights by token; None where their number has no bound
 
 
 @dataclass(frozen=True)

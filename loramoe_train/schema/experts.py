@@ -17,7 +17,6 @@ class ExpertsConfig(Strict):
     dropout: float = Field(default=0.0, ge=0, lt=1)  # on the experts' input
     sites: str | list[str] = "all_linear"  # site kinds of the model group, module names, or all_linear
     form: Literal["auto", "concatenated", "grouped"] = "auto"  # how the experts are computed; the result is the same
-    keep_hidden: bool = False  # whether x down^T stays for backward; else it is computed again: 1 % slower, less memory
     adapters: list[str] = Field(default_factory=list)  # PEFT LoRA folders that become the experts, in this order
     make: Part  # the bank that holds the experts of one site
 

@@ -7,9 +7,10 @@ import torch
 from torch import nn
 
 from loramoe_train.experts.bank import ExpertBank
+from loramoe_train.experts.grouped import lay_out
 from loramoe_train.experts.linear import ExpertLinear
 from loramoe_train.routing.context import RoutingContext
-from loramoe_train.routing.types import Routing, Tokens
+from loramoe_train.routing.types import Chosen, Routing, Tokens
 from tests.reference import mixture
 
 FORMS = ("concatenated", "grouped")
@@ -25,7 +26,10 @@ class Given(nn.Module):
         self.weights_NE, self.most = weights_NE, most
 
     def forward(self, x_ND, context):
-        return Routing(self.weights_NE)
+        if self.most is None:
+            return Routing(self.weights_NE)
+        experts_NK = self.weights_NE.topk(self.most, dim=1).indices
+        return Routing(self.weights_NE, chosen=Chosen(experts_NK, self.weights_NE.gather(1, experts_NK)))
 
 
 def make_bank(ranks, d_in=8, d_out=12, seed=0, **kwargs):
@@ -67,13 +71,17 @@ def some_weights(tokens, experts, most, dtype=torch.float64, seed=3):
     return w
 
 
-def compare_with_loop(form, ranks, tokens, most, dtype, keep_hidden=True, tolerance=None):
-    bank = make_bank(ranks, form=form, keep_hidden=keep_hidden).to(dtype)
+def compare_with_loop(form, ranks, tokens, most, dtype, tolerance=None, skewed=False, bounded=True):
+    bank = make_bank(ranks, form=form).to(dtype)
     base = nn.Linear(8, 12).to(dtype).requires_grad_(False)
     x = torch.randn(tokens, 8, dtype=dtype, requires_grad=True)
-    w = some_weights(tokens, len(ranks), most, dtype).requires_grad_()
-    layer = layer_of(bank, w, most, base)
-    assert bank.form_for(most, tokens) == (form if len(set(ranks)) == 1 and most < len(ranks) else "concatenated")
+    w = some_weights(tokens, len(ranks), most, dtype)
+    if skewed:  # nearly everybody goes to the first experts
+        w = torch.where(torch.arange(tokens)[:, None] % 7 == 3, w, w.sort(dim=1, descending=True).values)
+    w.requires_grad_()
+    layer = layer_of(bank, w, most if bounded else None, base)
+    expected = form if bounded and len(set(ranks)) == 1 and most < len(ranks) else "concatenated"
+    assert bank.form_for(most if bounded else None, tokens) == expected
     fast = run(layer, x)
     probe = torch.randn_like(fast)
     inputs = [x, w, bank.down, bank.up]
@@ -104,20 +112,46 @@ def test_equals_the_loop_in_float32(form, rank):
     compare_with_loop(form, (rank,) * 6, 20, 2, torch.float32, tolerance={"rtol": 1e-5, "atol": 1e-5})
 
 
-def test_equals_the_loop_with_hidden_computed_again():
-    compare_with_loop("concatenated", (2, 2, 2), 6, 2, torch.float64, keep_hidden=False)
-    compare_with_loop("concatenated", (1, 4, 0, 3), 6, 2, torch.float64, keep_hidden=False)
+def test_equals_the_loop_where_the_number_of_experts_has_no_bound():
+    compare_with_loop("concatenated", (2, 2, 2), 6, 2, torch.float64, bounded=False)
+    compare_with_loop("concatenated", (1, 4, 0, 3), 6, 2, torch.float64, bounded=False)
+
+
+@pytest.mark.parametrize(("experts", "most"), [(4, 1), (6, 2), (16, 3)])
+def test_equals_the_loop_when_most_tokens_go_to_few_experts(experts, most):
+    """Then an expert has several blocks in the grouped form, and others have none of their tokens in theirs."""
+    compare_with_loop("grouped", (4,) * experts, 60, most, torch.float64, skewed=True)
+
+
+@pytest.mark.parametrize("experts", [1, 3, 8])
+@pytest.mark.parametrize("pairs", [0, 1, 40])
+@pytest.mark.parametrize("skewed", [True, False])
+def test_every_pair_has_one_place(experts, pairs, skewed):
+    generator = torch.Generator().manual_seed(0)
+    experts_NK = torch.randint(0, experts, (pairs, 1), generator=generator)
+    experts_NK = experts_NK.clamp(max=0) if skewed else experts_NK
+    for blocks in (True, False):
+        layout = lay_out(experts_NK, experts, blocks=blocks)
+        filled = layout.pair_S[layout.pair_S < pairs]
+        assert sorted(filled.tolist()) == list(range(pairs))
+        if blocks:
+            owners = layout.expert_B.repeat_interleave(layout.size)
+            assert len(owners) <= 1.5 * pairs + experts * (1.5 * pairs / experts + 1) + experts
+        else:
+            counts = torch.tensor([0, *layout.ends_E.tolist()]).diff()
+            owners = torch.arange(experts).repeat_interleave(counts)
+        assert torch.equal(owners[layout.pair_S < pairs], experts_NK.flatten()[filled])
 
 
 @pytest.mark.parametrize("form", FORMS)
-@pytest.mark.parametrize("keep_hidden", [True, False])
-def test_a_bfloat16_base_with_float32_adapters(form, keep_hidden):
+@pytest.mark.parametrize("most", [2, None])
+def test_a_bfloat16_base_with_float32_adapters(form, most):
     """Within bfloat16's rounding of the exact result; gradients of the adapters are float32."""
-    bank = make_bank((8,) * 4, d_in=32, d_out=24, form=form, keep_hidden=keep_hidden)
+    bank = make_bank((8,) * 4, d_in=32, d_out=24, form=form)
     base = nn.Linear(32, 24).bfloat16().requires_grad_(False)
     x = torch.randn(2, 10, 32).bfloat16().requires_grad_()
     w = some_weights(20, 4, 2, torch.float32).requires_grad_()
-    fast = run(layer_of(bank, w, 2, base), x)
+    fast = run(layer_of(bank, w, most, base), x)
     probe = torch.randn_like(fast)
     inputs = [x, w, bank.down, bank.up]
     grads = torch.autograd.grad((fast * probe).sum(), inputs)

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from loramoe_train.routing.context import RoutingContext
-from loramoe_train.routing.fixed import domain_table, domain_weights
+from loramoe_train.routing.fixed import domain_routing, domain_table
 from loramoe_train.routing.types import Routing, Tokens
 
 TOKENS = Tokens(*(torch.ones(2, dtype=torch.long),) * 4)
@@ -49,5 +49,14 @@ def test_every_expert_has_a_domain_and_weights_sum_to_one(domains, experts):
 
 
 def test_padding_uses_no_expert():
-    weights = domain_weights(torch.tensor([1, -1]), 2, 2)
-    assert weights.tolist() == [[0.0, 1.0], [0.0, 0.0]]
+    routing = domain_routing(torch.tensor([1, -1]), 2, 2)
+    assert routing.weights_NE.tolist() == [[0.0, 1.0], [0.0, 0.0]]
+
+
+@pytest.mark.parametrize(("domains", "experts"), [(1, 1), (5, 5), (5, 2), (2, 5), (3, 8)])
+def test_the_chosen_of_a_domain_are_its_weights(domains, experts):
+    routing = domain_routing(torch.arange(-1, domains), domains, experts)
+    chosen = routing.chosen
+    assert chosen.experts_NK.shape == (domains + 1, -(-experts // domains))
+    assert torch.equal(torch.zeros(domains + 1, experts).scatter(1, *vars(chosen).values()), routing.weights_NE)
+    assert all(len(set(row)) == len(row) for row in chosen.experts_NK.tolist())
