@@ -128,7 +128,7 @@ def products(layers, x):
 
 
 def test_shared_layers_use_one_product_each_way():
-    """Forward: 3 bases, 1 shrink with the routers in it, 3 expands. Backward: 2 of the shrink, 3 bases, 3 x (d gated, d up)."""
+    """Forward: 3 bases, 1 shrink with the routers in it, 3 expands. Backward: 2 of the shrink, 3 bases, 3 x 2 others"""
     layers, x = make_layers(torch.float32), torch.randn(N, D)
     alone = copy.deepcopy(layers)
     share(list(layers))
