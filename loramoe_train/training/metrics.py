@@ -106,16 +106,27 @@ class Metrics:
             self._file.write(line + "\n")
             self._file.flush()
         except OSError as error:
-            raise LoramoeError(f"{self.path} cannot be written ({error.strerror}); make room on the disk") from error
+            raise self._failed(error) from error
         if self._accelerator.trackers:
             # load per expert and share per task stay in the file: thousands of curves help nobody
             kept = {"sites": _site_scalars(values["sites"])} if kind == "routing" else values
             self._accelerator.log(flat(kept, prefix=f"{kind}/"), step=step)
 
     def sync(self) -> None:
-        """Flush to the disk; call it before a checkpoint, which promises that the log reaches as far."""
-        if self._file is not None:
+        """Flush to the disk; call it before a checkpoint, which promises that the log reaches as far. Any thread.
+
+        Raises:
+            LoramoeError: the disk is full or gone.
+        """
+        if self._file is None:
+            return
+        try:
             os.fsync(self._file.fileno())
+        except OSError as error:
+            raise self._failed(error) from error
+
+    def _failed(self, error: OSError) -> LoramoeError:
+        return LoramoeError(f"{self.path} cannot be written ({error.strerror}); make room on the disk")
 
     def close(self) -> None:
         if self._file is not None:

@@ -72,6 +72,9 @@ def set_learning_rates(optimizer: torch.optim.Optimizer, factor: float) -> dict[
 def optimizer_tensors(optimizer: torch.optim.Optimizer, names: Mapping[int, str]) -> tuple[dict[str, Tensor], dict]:
     """The optimizer's state as tensors keyed `parameter name::entry`, and the entries that are plain numbers.
 
+    The tensors are the optimizer's own, some of them (the look-up table of 8-bit states) under many names: take a
+    `snapshot` before anything is stored.
+
     Args:
         names: id of a parameter -> its full name.
     """
@@ -80,8 +83,7 @@ def optimizer_tensors(optimizer: torch.optim.Optimizer, names: Mapping[int, str]
         for entry, value in state.items():
             key = f"{names[id(parameter)]}::{entry}"
             if isinstance(value, Tensor):
-                # cloned: 8-bit optimizers share one look-up table among parameters, which safetensors refuses
-                tensors[key] = value.detach().cpu().clone().contiguous()
+                tensors[key] = value.detach()
             else:
                 numbers[key] = value
     return tensors, numbers

@@ -161,6 +161,7 @@ class StageRun:
         values = {key: value for key, value in summary.plain().items() if key not in ("name", "seconds")}
         self.run.metrics.write("stage", self.step_number, self.plan.name, {**values, "timing": timing})
         self._save(finished=summary)
+        self.run.settle()  # the next stage, or what comes after training, builds on it
         return summary
 
     def _warnings(self) -> tuple[str, ...]:
@@ -262,6 +263,7 @@ class StageRun:
     def _save_and_stop(self, interrupted: bool) -> NoReturn:
         self.state.pending = True
         path = self._save()
+        self.run.settle()
         self.signals.chain()
         where = f"after step {self.step_number} (stage {self.plan.name}); saved {path}; resume=auto continues"
         if interrupted:
@@ -274,7 +276,7 @@ class StageRun:
         numbers: dict[str, Any] = {}
         if finished is None:  # else optimizer and anchors have no further use
             tensors["optimizer"], numbers = optimizer_tensors(self.optimizer, self.names)
-            tensors["anchors"] = {name: tensor.cpu().contiguous() for name, tensor in self.anchors.items()}
+            tensors["anchors"] = self.anchors
         return self.run.save(self.plan, self.state, tensors=tensors, optimizer_numbers=numbers, finished=finished)
 
     def restore(self, checkpoint: Checkpoint) -> None:

@@ -2,6 +2,7 @@
 
 import io
 import json
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 
@@ -187,11 +188,11 @@ def test_a_full_disk(tmp_path: Path) -> None:
 
     parts, saves = make_parts(), []
 
-    def save_adapter(folder: Path) -> None:
+    def save_adapter(folder: Path, tensors: Mapping[str, torch.Tensor]) -> None:
         saves.append(folder)
         if len(saves) == 2:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-        parts.save_adapter(folder)
+        parts.save_adapter(folder, tensors)
 
     with pytest.raises(LoramoeError, match=r"No space left on device\); the former checkpoints are intact"):
         train(replace(parts, save_adapter=save_adapter), make_trainer(checkpoint_every=1), tmp_path)
