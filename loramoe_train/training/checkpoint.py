@@ -33,7 +33,6 @@ FORMAT = 1
 _NAME = re.compile(r"^step_(\d+)$")
 
 
-
 @dataclass(frozen=True)
 class Checkpoint:
     """What a complete checkpoint holds besides the adapter."""

@@ -24,7 +24,7 @@ from accelerate import Accelerator
 
 from loramoe_train.errors import LoramoeError
 from loramoe_train.files import write_bytes
-from loramoe_train.training.step import StepResult
+from loramoe_train.training.outcome import StepResult
 
 FILE = "metrics.jsonl"
 
@@ -40,13 +40,13 @@ class Window:
     anchor: float = 0.0
     steps: int = 0
     tokens: int = 0
-    seconds: float = 0.0
+    seconds: float = 0.0  # added by the loop, which knows the clock
 
     def __post_init__(self) -> None:
         self.task_sums = self.task_sums or [0.0] * self.num_tasks
         self.task_tokens = self.task_tokens or [0.0] * self.num_tasks
 
-    def add(self, result: StepResult, seconds: float) -> None:
+    def add(self, result: StepResult) -> None:
         self.task_sums = [a + b for a, b in zip(self.task_sums, result.task_sums, strict=True)]
         self.task_tokens = [a + b for a, b in zip(self.task_tokens, result.task_tokens, strict=True)]
         for name, value in result.aux.items():
@@ -54,7 +54,6 @@ class Window:
         self.anchor += result.anchor
         self.steps += 1
         self.tokens += result.tokens
-        self.seconds += seconds
 
     def losses(self, task_names: tuple[str, ...]) -> dict[str, Any]:
         """`loss` and `task_loss`, in nats per supervised token."""

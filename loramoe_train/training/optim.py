@@ -50,6 +50,22 @@ def build_optimizer(
     return torch.optim.AdamW(entries, fused=device in FUSED_DEVICES, **common)
 
 
+def halts_on_device(optimizer: torch.optim.Optimizer, halted: Tensor) -> bool:
+    """Make every later step of the optimizer do nothing where `halted` (scalar float32, on its device) holds 1.
+
+    Parameters, moments and step counts stay as they are, and the host need not know: torch's fused AdamW looks at
+    `found_inf` by itself, as it does for a GradScaler. Zeroed gradients would not do, for the moments would decay.
+
+    Returns:
+        False if the optimizer cannot: the host must then look before it asks for a step. bitsandbytes' 8-bit AdamW
+        waits for the device after every parameter anyway.
+    """
+    if not optimizer.defaults.get("fused"):
+        return False
+    optimizer.found_inf = halted
+    return True
+
+
 def schedule_factor(trainer: TrainerConfig, plan: StagePlan, step: int) -> float:
     """Share of the peak learning rate at `step` (0 .. steps - 1) of a stage.
 
