@@ -6,7 +6,7 @@ import resource
 import statistics
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -164,16 +164,16 @@ def run_ours(settings: Settings, name: str, *, profile: bool = False) -> dict[st
         def stage_data(stage: str) -> _MeteredStage:
             return _MeteredStage(parts.stage_data(stage), meter, passes_of_step)
 
-        def save_adapter(target: Path) -> None:  # the last step has ended when the checkpoint begins
+        def adapter_tensors() -> Mapping[str, Any]:  # the last step has ended when the checkpoint begins
             if len(meter.begins) == len(passes_of_step):
                 meter.step()
                 found.update(meter.result(settings, passes_of_step) if not settings.check else {})
-            parts.save_adapter(target)
+            return parts.adapter_tensors()
 
         profiler = cProfile.Profile() if profile else None
         if profiler:
             profiler.enable()
-        metered = replace(parts, stage_data=stage_data, save_adapter=save_adapter)
+        metered = replace(parts, stage_data=stage_data, adapter_tensors=adapter_tensors)
         summary = fit(metered, accelerator, config.trainer, ready.stages, run_dir=Path(folder), seed=0)
         if profiler:
             profiler.disable()

@@ -78,7 +78,7 @@ def train_run(config: RunConfig, settled: Settled) -> None:
         if cut:
             _say(console, f"note: {cut} examples of {task} were cut to data.max_length={config.data.max_length} tokens")
     if state.is_main_process:
-        ready.parts.save_adapter(run_dir)
+        ready.parts.save_adapter(run_dir, ready.parts.adapter_tensors())
     outcome = evaluate_routed(config, ready.routed, ready.tokenizer, run_dir, accelerator, console)
     if state.is_main_process:
         extra = {"training": summary.plain(), "run_dir": str(run_dir), "command": sys.argv, **_recipe()}
@@ -122,7 +122,8 @@ def prepare(config: RunConfig, settled: Settled, *, device: Any) -> Prepared:
         stage_data=stage_data,
         validation=validation,
         task_names=mixture.task_names,
-        save_adapter=lambda folder: adapter_files.save_adapter(folder, routed.layers, routed.plan, facts),
+        adapter_tensors=lambda: adapter_files.adapter_tensors(routed.layers),
+        save_adapter=lambda folder, tensors: adapter_files.save_adapter(folder, tensors, routed.plan, facts),
         load_adapter=lambda folder: load_adapter(folder, routed, identity, key="resume"),
     )
     if config.init_from is not None:

@@ -9,7 +9,14 @@ from peft import LoraConfig, PeftModel, get_peft_model
 
 from loramoe_train.build import RoutedModel, attach, build_aux, plan_sites
 from loramoe_train.errors import ConfigError
-from loramoe_train.experts.adapters import load_weights, plan_of, read_manifest, read_weights, save_adapter
+from loramoe_train.experts.adapters import (
+    adapter_tensors,
+    load_weights,
+    plan_of,
+    read_manifest,
+    read_weights,
+    save_adapter,
+)
 from loramoe_train.experts.peft_folder import read_peft_folder
 from loramoe_train.routers.router import Policy
 from loramoe_train.routing.types import Tokens
@@ -294,7 +301,7 @@ def test_saved_and_loaded_it_gives_the_same_logits(kind, tmp_path):
     ids = ids_of()
     with torch.no_grad():
         expected = model(ids, use_cache=False).logits
-    save_adapter(tmp_path, routed.layers, routed.plan, {"base": {}, "domains": DOMAINS})
+    save_adapter(tmp_path, adapter_tensors(routed.layers), routed.plan, {"base": {}, "domains": DOMAINS})
     manifest = read_manifest(tmp_path)
     assert plan_of(manifest) == routed.plan
     again = attach(config, MODELS[kind][0](), plan_of(manifest), num_domains=3)

@@ -9,6 +9,7 @@ Legend: M sites of one group, N tokens, E experts.
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Literal
 
 import torch
@@ -57,6 +58,12 @@ def grouped(records: Mapping[str, Routing]) -> list[Group]:
     ]
 
 
+@lru_cache(maxsize=64)
+def _on_device(values: tuple[int, ...], device: torch.device) -> Tensor:
+    # kept: a small copy from the host would wait for all that the device has to do
+    return torch.tensor(values, device=device)
+
+
 def count_hits(groups: list[Group], top_k: int | Mapping[str, int], mask_N: Tensor) -> Tensor:
     """(K,) float32 without gradient: for every site and expert in order, the masked tokens that have the expert among
     their top_k best, over top_k; then the number of masked tokens. A site's hits over that number sum to one.
@@ -65,8 +72,8 @@ def count_hits(groups: list[Group], top_k: int | Mapping[str, int], mask_N: Tens
     with torch.no_grad():
         for group in groups:
             order_MNE = group.logits_MNE.argsort(dim=-1, descending=True, stable=True)
-            k_M = [top_k if isinstance(top_k, int) else top_k[site] for site in group.sites]
-            k_M11 = torch.tensor(k_M, device=order_MNE.device).view(-1, 1, 1)
+            k_M = tuple(top_k if isinstance(top_k, int) else top_k[site] for site in group.sites)
+            k_M11 = _on_device(k_M, order_MNE.device).view(-1, 1, 1)
             chosen_MNE = (
                 (torch.arange(group.num_experts, device=order_MNE.device) < k_M11).to(mask_N.dtype).expand_as(order_MNE)
             )

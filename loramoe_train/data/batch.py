@@ -10,6 +10,14 @@ from loramoe_train.routing.types import Tokens
 IGNORE = -100  # label of a position that carries no loss, as in transformers
 
 
+def to_device(tensor: Tensor, device: torch.device) -> Tensor:
+    """The tensor on `device`, without waiting for what the device has to do before."""
+    if device.type == "cuda" and tensor.device.type == "cpu":
+        # from ordinary memory a copy waits for the whole queue; torch keeps the pinned pages until it has been made
+        tensor = tensor.pin_memory()
+    return tensor.to(device, non_blocking=True)
+
+
 @dataclass(frozen=True)
 class MixedBatch:
     """Examples of several tasks, padded (one example a row) or packed (several).
@@ -41,5 +49,5 @@ class MixedBatch:
         return int((self.labels[:, 1:] != IGNORE).sum())
 
     def to(self, device: torch.device) -> "MixedBatch":
-        moved = {name: value.to(device) for name, value in vars(self).items() if isinstance(value, Tensor)}
+        moved = {name: to_device(value, device) for name, value in vars(self).items() if isinstance(value, Tensor)}
         return MixedBatch(**{**vars(self), **moved})

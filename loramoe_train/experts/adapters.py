@@ -37,18 +37,19 @@ def adapter_tensors(layers: Mapping[str, ExpertLinear]) -> dict[str, Tensor]:
 
 
 def save_adapter(
-    folder: Path, layers: Mapping[str, ExpertLinear], plan: Mapping[str, ExpertSpec], facts: Mapping[str, Any]
+    folder: Path, tensors: Mapping[str, Tensor], plan: Mapping[str, ExpertSpec], facts: Mapping[str, Any]
 ) -> None:
     """Write weights and manifest into an existing folder, each aside first and then renamed.
 
-    `facts` are further JSON values for the manifest: base identity, domains, tasks, config, versions.
+    Args:
+        tensors: what `adapter_tensors` names, or copies of it taken earlier.
+        facts: further JSON values for the manifest: base identity, domains, tasks, config, versions.
     """
     from safetensors.torch import save_file
 
-    tensors = {name: t.detach().to("cpu").contiguous() for name, t in adapter_tensors(layers).items()}
     weights = folder / WEIGHTS
     aside = weights.with_suffix(".tmp")
-    save_file(tensors, aside, metadata={"format": "pt"})
+    save_file({name: t.to("cpu").contiguous() for name, t in tensors.items()}, aside, metadata={"format": "pt"})
     sync(aside)
     manifest = {
         "format": FORMAT,

@@ -12,7 +12,7 @@ from loramoe_train.routing.types import Chosen, Routing
 
 
 @lru_cache(maxsize=64)
-def domain_table(num_domains: int, num_experts: int) -> Tensor:
+def domain_table(num_domains: int, num_experts: int, device: torch.device | None = None) -> Tensor:
     """(G, E) float32: the weights that a domain gives to the experts; rows sum to one.
 
     Domain g owns expert e when g % E == e % G: its own expert when there are as many as domains; several domains share
@@ -20,7 +20,7 @@ def domain_table(num_domains: int, num_experts: int) -> Tensor:
     """
     owns = [[g % num_experts == e % num_domains for e in range(num_experts)] for g in range(num_domains)]
     table = torch.tensor(owns, dtype=torch.float32)
-    return table / table.sum(dim=1, keepdim=True)
+    return (table / table.sum(dim=1, keepdim=True)).to(device)
 
 
 def most_per_domain(num_domains: int, num_experts: int) -> int:
@@ -30,7 +30,8 @@ def most_per_domain(num_domains: int, num_experts: int) -> int:
 
 def domain_routing(domain_N: Tensor, num_domains: int, num_experts: int) -> Routing:
     """Hard routing for domain indices in [0, G); tokens of domain -1 (padding) use no expert."""
-    table_GE = domain_table(num_domains, num_experts).to(domain_N.device)
+    # kept on the device: a small copy from the host would wait for all that the device has to do
+    table_GE = domain_table(num_domains, num_experts, domain_N.device)
     weights_GK, experts_GK = table_GE.topk(most_per_domain(num_domains, num_experts), dim=1)
     own_N, real_N1 = domain_N.clamp(min=0), (domain_N >= 0).unsqueeze(-1)
     chosen = Chosen(experts_GK[own_N], weights_GK[own_N] * real_N1)

@@ -8,6 +8,8 @@
 
 Everything is written into a `.tmp` sibling, flushed to the disk and renamed. A folder without a manifest that checks is
 not a checkpoint. There is no pickle anywhere, so a checkpoint from a stranger is data and nothing else.
+
+Writing is done in a thread of its own (`writer.py`), from copies (`snapshot.py`): training goes on meanwhile.
 """
 
 import json
@@ -30,8 +32,6 @@ FOLDER, MANIFEST, STATE = "checkpoints", "MANIFEST.json", "state"
 FORMAT = 1
 _NAME = re.compile(r"^step_(\d+)$")
 
-SaveAdapter = Callable[[Path], None]
-
 
 @dataclass(frozen=True)
 class Checkpoint:
@@ -52,11 +52,16 @@ def step_of(path: Path) -> int:
     return int(match.group(1)) if match else -1
 
 
+def checkpoint_path(run_dir: Path, step: int) -> Path:
+    """Where the checkpoint after `step` optimizer steps of the run is, or will be."""
+    return run_dir / FOLDER / f"step_{step:06d}"
+
+
 def write_checkpoint(
     run_dir: Path,
     step: int,
     *,
-    save_adapter: SaveAdapter,
+    save_adapter: Callable[[Path], None],
     tensors: Mapping[str, Mapping[str, Tensor]],
     state: Mapping[str, Any],
 ) -> Path:
@@ -69,7 +74,7 @@ def write_checkpoint(
     Raises:
         LoramoeError: it could not be written (disk full, not writable); the former checkpoints are as they were.
     """
-    folder = run_dir / FOLDER / f"step_{step:06d}"
+    folder = checkpoint_path(run_dir, step)
     aside, old = folder.with_name(f"{folder.name}.tmp"), folder.with_name(f"{folder.name}.old")
     try:
         _tidy(folder.parent)

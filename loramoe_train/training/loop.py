@@ -13,7 +13,7 @@ from accelerate import Accelerator
 
 from loramoe_train.errors import ConfigError, Interrupted
 from loramoe_train.schema.trainer import TrainerConfig
-from loramoe_train.training.checkpoint import FOLDER, Checkpoint, read_checkpoint
+from loramoe_train.training.checkpoint import Checkpoint, checkpoint_path, read_checkpoint
 from loramoe_train.training.metrics import Metrics
 from loramoe_train.training.parts import TrainingParts
 from loramoe_train.training.progress import Progress
@@ -74,7 +74,7 @@ def fit(
         except KeyboardInterrupt:
             raise Interrupted("stopped at once by Ctrl-C; resume=auto continues the last checkpoint") from None
         finally:
-            run.metrics.close()
+            run.close()
     return _summary(run)
 
 
@@ -108,5 +108,5 @@ def _summary(run: RunState) -> TrainingSummary:
         stages=tuple(run.history),
         steps=sum(stage.steps for stage in run.history),
         last_checkpoint=run.last_checkpoint,
-        best_checkpoint=None if best is None else run.run_dir / FOLDER / f"step_{best:06d}",
+        best_checkpoint=None if best is None else checkpoint_path(run.run_dir, best),
     )

@@ -4,23 +4,24 @@ Position s predicts token s + 1, so with labels y and logits z the loss of a bat
 
     sum over supervised (b, s + 1) of  logsumexp(z[b, s]) - z[b, s, y[b, s + 1]]          (natural log; nats)
 
-Only rows that carry loss go through the LM head (the boolean `logits_to_keep` of transformers), and only a chunk of
-them at a time: the head's input is caught, the head is run chunk by chunk, and each chunk's gradient with respect to
-its input is taken at once, while its logits are still there. Nothing of size rows x vocabulary outlives its chunk, and
-the head runs once, as it would without chunks. (The idea of fusing head and loss: Liger Kernel, arXiv:2410.10989.)
+Only rows that carry loss go through the LM head, and only a chunk of them at a time: the head's input is caught, its
+rows are picked, the head is run chunk by chunk, and each chunk's gradient with respect to its input is taken at once,
+while its logits are still there. Nothing of size rows x vocabulary outlives its chunk, and the head runs once, as it
+would without chunks. (The idea of fusing head and loss: Liger Kernel, arXiv:2410.10989.)
 
 Legend: B rows of a batch, S positions, R supervised positions of a micro-batch, D hidden size, V vocabulary, T tasks.
 """
 
 import inspect
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from loramoe_train.data.batch import IGNORE, MixedBatch
+from loramoe_train.data.batch import IGNORE, MixedBatch, to_device
 
 CHUNK_ELEMENTS = 2**23  # logits held at a time: 32 MiB in float32
 
@@ -35,10 +36,23 @@ def predicting(batch: MixedBatch) -> Tensor:
     return keep_BS
 
 
-def targets(batch: MixedBatch, keep_BS: Tensor) -> tuple[Tensor, Tensor]:
-    """(R,) labels and (R,) task indices of the tokens that the kept positions predict."""
-    keep = keep_BS[:, :-1]
-    return batch.labels[:, 1:][keep], batch.task_ids[:, 1:][keep]
+@dataclass(frozen=True)
+class Targets:
+    """What a micro-batch is to predict, and where. Made once and on the host: a device would have to be waited for."""
+
+    rows_R: Tensor  # int64: position b * S + s, whose next token carries loss
+    labels_R: Tensor  # int64: that token
+    tasks_R: Tensor  # int64: its task
+
+    def to(self, device: torch.device) -> "Targets":
+        return Targets(*(to_device(field, device) for field in (self.rows_R, self.labels_R, self.tasks_R)))
+
+
+def targets(batch: MixedBatch) -> Targets:
+    """The supervised tokens of a batch that is still on the host."""
+    rows_R = predicting(batch).flatten().nonzero().squeeze(1)
+    # the next position is in the same row: a row's last one never predicts
+    return Targets(rows_R, batch.labels.flatten()[rows_R + 1], batch.task_ids.flatten()[rows_R + 1])
 
 
 class _ChunkedCrossEntropy(torch.autograd.Function):
@@ -79,15 +93,16 @@ def row_losses(rows_RD: Tensor, labels_R: Tensor, project: Project, vocabulary: 
 class LossHead:
     """How one model is asked for the losses of its supervised positions; decided once, by looking and by trying.
 
-    `keeps_rows`: its forward takes `logits_to_keep`. `head`: its output layer, where a trial shows that nothing but
-    that layer stands between its input and the logits (no soft cap, no logit scale), so that it may be run in chunks.
+    `head`: its output layer, where a trial shows that nothing but that layer stands between its input and the logits
+    (no soft cap, no logit scale), so that its input may be caught and run in chunks. `keeps_rows`: the forward takes
+    `logits_to_keep`, which other models are asked with; transformers' boolean indexing then waits for the device.
     """
 
     def __init__(self, model: nn.Module) -> None:
         self.keeps_rows = "logits_to_keep" in inspect.signature(model.forward).parameters
         self.head: nn.Module | None = None
         head = getattr(model, "get_output_embeddings", lambda: None)()
-        if self.keeps_rows and head is not None and not any(p.requires_grad for p in head.parameters()):
+        if head is not None and not any(p.requires_grad for p in head.parameters()):
             self.head = head if self._is_plain(model, head) else None
 
     def _is_plain(self, model: nn.Module, head: nn.Module) -> bool:
@@ -97,19 +112,15 @@ class LossHead:
         model.eval()
         try:
             with torch.no_grad():
-                logits = self._logits(model, {"input_ids": ids_BS}, torch.ones_like(ids_BS, dtype=torch.bool))
+                logits = model(input_ids=ids_BS, use_cache=False).logits
                 caught: list[Tensor] = []
                 with self._caught(head, caught):
-                    self._logits(model, {"input_ids": ids_BS}, torch.ones_like(ids_BS, dtype=torch.bool))
-                if len(caught) != 1 or caught[0].dim() != 2:
+                    model(input_ids=ids_BS, use_cache=False)
+                if len(caught) != 1 or caught[0].dim() != 3:
                     return False
                 return torch.equal(head(caught[0]), logits)
         finally:
             model.train(training)
-
-    @staticmethod
-    def _logits(model: nn.Module, inputs: dict[str, Tensor], keep_BS: Tensor) -> Tensor:
-        return model(**inputs, use_cache=False, logits_to_keep=keep_BS).logits
 
     @staticmethod
     def _caught(head: nn.Module, caught: list[Tensor]) -> "torch.utils.hooks.RemovableHandle":
@@ -119,24 +130,30 @@ class LossHead:
 
         return head.register_forward_pre_hook(take)
 
-    def losses(self, model: nn.Module, inputs: dict[str, Tensor], keep_BS: Tensor, labels_R: Tensor) -> Tensor:
-        """(R,) losses of the kept positions, with gradient. `model` may be a data-parallel wrapper of ours."""
+    def losses(self, model: nn.Module, inputs: dict[str, Tensor], wanted: Targets) -> Tensor:
+        """(R,) losses of the wanted positions, with gradient. `model` may be a data-parallel wrapper of ours."""
         if self.head is not None:
             caught: list[Tensor] = []
             with self._caught(self.head, caught):
-                vocabulary = self._logits(model, inputs, keep_BS).shape[-1]
-            return row_losses(caught[0], labels_R, self.head, vocabulary)
+                vocabulary = model(**inputs, use_cache=False).logits.shape[-1]
+            rows_RD = caught[0].flatten(0, 1).index_select(0, wanted.rows_R)
+            return row_losses(rows_RD, wanted.labels_R, self.head, vocabulary)
         if self.keeps_rows:
-            logits = self._logits(model, inputs, keep_BS)
+            keep_BS = torch.zeros_like(inputs["input_ids"], dtype=torch.bool)
+            keep_BS.view(-1).index_fill_(0, wanted.rows_R, True)
+            logits_RV = model(**inputs, use_cache=False, logits_to_keep=keep_BS).logits
         else:
-            logits = model(**inputs, use_cache=False).logits
-        logits_RV = logits if logits.dim() == 2 else logits[keep_BS]
-        return row_losses(logits_RV, labels_R, lambda rows: rows, logits_RV.shape[-1])
+            logits_RV = model(**inputs, use_cache=False).logits.flatten(0, 1).index_select(0, wanted.rows_R)
+        return row_losses(logits_RV, wanted.labels_R, lambda rows: rows, logits_RV.shape[-1])
 
     def run_without_logits(self, model: nn.Module, inputs: dict[str, Tensor]) -> None:
         """Run the layers for what they record; the LM head gets nothing to do where the model allows it."""
-        if self.keeps_rows:
-            self._logits(model, inputs, torch.zeros_like(inputs["input_ids"], dtype=torch.bool))
+        if self.head is not None:
+            with self._caught(self.head, []):
+                model(**inputs, use_cache=False)
+        elif self.keeps_rows:
+            none = torch.zeros(0, dtype=torch.long, device=inputs["input_ids"].device)
+            model(**inputs, use_cache=False, logits_to_keep=none)
         else:
             model(**inputs, use_cache=False)
 

@@ -24,7 +24,7 @@ from accelerate import Accelerator
 
 from loramoe_train.errors import LoramoeError
 from loramoe_train.files import write_bytes
-from loramoe_train.training.step import StepResult
+from loramoe_train.training.outcome import StepResult
 
 FILE = "metrics.jsonl"
 
@@ -40,13 +40,13 @@ class Window:
     anchor: float = 0.0
     steps: int = 0
     tokens: int = 0
-    seconds: float = 0.0
+    seconds: float = 0.0  # added by the loop, which knows the clock
 
     def __post_init__(self) -> None:
         self.task_sums = self.task_sums or [0.0] * self.num_tasks
         self.task_tokens = self.task_tokens or [0.0] * self.num_tasks
 
-    def add(self, result: StepResult, seconds: float) -> None:
+    def add(self, result: StepResult) -> None:
         self.task_sums = [a + b for a, b in zip(self.task_sums, result.task_sums, strict=True)]
         self.task_tokens = [a + b for a, b in zip(self.task_tokens, result.task_tokens, strict=True)]
         for name, value in result.aux.items():
@@ -54,7 +54,6 @@ class Window:
         self.anchor += result.anchor
         self.steps += 1
         self.tokens += result.tokens
-        self.seconds += seconds
 
     def losses(self, task_names: tuple[str, ...]) -> dict[str, Any]:
         """`loss` and `task_loss`, in nats per supervised token."""
@@ -106,16 +105,27 @@ class Metrics:
             self._file.write(line + "\n")
             self._file.flush()
         except OSError as error:
-            raise LoramoeError(f"{self.path} cannot be written ({error.strerror}); make room on the disk") from error
+            raise self._failed(error) from error
         if self._accelerator.trackers:
             # load per expert and share per task stay in the file: thousands of curves help nobody
             kept = {"sites": _site_scalars(values["sites"])} if kind == "routing" else values
             self._accelerator.log(flat(kept, prefix=f"{kind}/"), step=step)
 
     def sync(self) -> None:
-        """Flush to the disk; call it before a checkpoint, which promises that the log reaches as far."""
-        if self._file is not None:
+        """Flush to the disk; call it before a checkpoint, which promises that the log reaches as far. Any thread.
+
+        Raises:
+            LoramoeError: the disk is full or gone.
+        """
+        if self._file is None:
+            return
+        try:
             os.fsync(self._file.fileno())
+        except OSError as error:
+            raise self._failed(error) from error
+
+    def _failed(self, error: OSError) -> LoramoeError:
+        return LoramoeError(f"{self.path} cannot be written ({error.strerror}); make room on the disk")
 
     def close(self) -> None:
         if self._file is not None:

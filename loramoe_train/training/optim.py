@@ -50,6 +50,22 @@ def build_optimizer(
     return torch.optim.AdamW(entries, fused=device in FUSED_DEVICES, **common)
 
 
+def halts_on_device(optimizer: torch.optim.Optimizer, halted: Tensor) -> bool:
+    """Make every later step of the optimizer do nothing where `halted` (scalar float32, on its device) holds 1.
+
+    Parameters, moments and step counts stay as they are, and the host need not know: torch's fused AdamW looks at
+    `found_inf` by itself, as it does for a GradScaler. Zeroed gradients would not do, for the moments would decay.
+
+    Returns:
+        False if the optimizer cannot: the host must then look before it asks for a step. bitsandbytes' 8-bit AdamW
+        waits for the device after every parameter anyway.
+    """
+    if not optimizer.defaults.get("fused"):
+        return False
+    optimizer.found_inf = halted
+    return True
+
+
 def schedule_factor(trainer: TrainerConfig, plan: StagePlan, step: int) -> float:
     """Share of the peak learning rate at `step` (0 .. steps - 1) of a stage.
 
@@ -72,6 +88,9 @@ def set_learning_rates(optimizer: torch.optim.Optimizer, factor: float) -> dict[
 def optimizer_tensors(optimizer: torch.optim.Optimizer, names: Mapping[int, str]) -> tuple[dict[str, Tensor], dict]:
     """The optimizer's state as tensors keyed `parameter name::entry`, and the entries that are plain numbers.
 
+    The tensors are the optimizer's own, some of them (the look-up table of 8-bit states) under many names: take a
+    `snapshot` before anything is stored.
+
     Args:
         names: id of a parameter -> its full name.
     """
@@ -80,8 +99,7 @@ def optimizer_tensors(optimizer: torch.optim.Optimizer, names: Mapping[int, str]
         for entry, value in state.items():
             key = f"{names[id(parameter)]}::{entry}"
             if isinstance(value, Tensor):
-                # cloned: 8-bit optimizers share one look-up table among parameters, which safetensors refuses
-                tensors[key] = value.detach().cpu().clone().contiguous()
+                tensors[key] = value.detach()
             else:
                 numbers[key] = value
     return tensors, numbers

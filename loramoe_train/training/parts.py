@@ -63,5 +63,6 @@ class TrainingParts:
     stage_data: Callable[[str], StageData]  # by stage name
     validation: Mapping[str, list[MixedBatch]]  # task -> batches for the evaluation loss
     task_names: tuple[str, ...]
-    save_adapter: Callable[[Path], None]  # writes adapter.safetensors and its manifest into a folder
+    adapter_tensors: Callable[[], Mapping[str, Tensor]]  # what an adapter stores: the model's own storage, not copies
+    save_adapter: Callable[[Path, Mapping[str, Tensor]], None]  # writes them and a manifest into a folder; any thread
     load_adapter: Callable[[Path], None]  # reads them back into the model

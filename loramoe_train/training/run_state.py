@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,13 +13,17 @@ from torch import Tensor
 from loramoe_train.errors import ConfigError, LoramoeError
 from loramoe_train.schema.trainer import TrainerConfig
 from loramoe_train.training import rng
-from loramoe_train.training.checkpoint import Checkpoint, rotate, write_checkpoint
+from loramoe_train.training.checkpoint import Checkpoint, checkpoint_path, rotate, write_checkpoint
 from loramoe_train.training.metrics import Metrics, Window
 from loramoe_train.training.parts import TrainingParts
 from loramoe_train.training.progress import Progress
+from loramoe_train.training.snapshot import snapshot
 from loramoe_train.training.stages import StagePlan
 from loramoe_train.training.summary import StageSummary
 from loramoe_train.training.validation import EvalResult
+from loramoe_train.training.writer import Writer
+
+ADAPTER = "adapter"  # the snapshot's name for what `save_adapter` writes; no file of state/ is called so
 
 
 @dataclass
@@ -66,7 +71,9 @@ class RunState:
     progress: Progress
     metrics: Metrics
     history: list[StageSummary] = field(default_factory=list)  # of the completed stages
-    last_checkpoint: Path | None = None
+    last_checkpoint: Path | None = None  # complete, once `settle` has returned
+    writer: Writer = field(default_factory=Writer)
+    unsettled: bool = False  # a save was begun and nobody has asked how it went; the same on every rank
 
     def restore(self, checkpoint: Checkpoint) -> None:
         """Take the weights and the history of a checkpoint. Raises ConfigError if its stages so far were others."""
@@ -90,45 +97,85 @@ class RunState:
         optimizer_numbers: Mapping[str, Any],
         finished: StageSummary | None,
     ) -> Path:
-        """Write a checkpoint on the main process and delete those no longer wanted. Call it on every rank.
+        """Begin a checkpoint: copy what it holds, and let the main process write it while training goes on.
+
+        A save that was begun before is waited for first. Call it on every rank, between steps.
 
         Args:
-            tensors: file name in state/ -> tensors.
+            tensors: file name in state/ -> tensors, which may go on changing. Those of the main process are written.
             finished: the stage's summary if it is complete.
+
+        Returns:
+            where the checkpoint will be once `settle` has returned.
+
+        Raises:
+            LoramoeError: the save before this one could not be written; on every rank.
+        """
+        self.settle()
+        step = plan.first_step + state.done
+        generators = gather_object([rng.capture()])
+        history = [*self.history, *([finished] if finished else [])]
+        if self.accelerator.is_main_process:
+            content = {
+                "seed": self.seed,
+                "stages": [entry.plain() for entry in self.stages],
+                "stage": plan.index,
+                "stage_done": finished is not None,
+                "step": step,
+                "history": [summary.plain() for summary in history],
+                "stage_state": state.plain(),
+                "optimizer": dict(optimizer_numbers),
+                "rng": [numbers for _, numbers in generators],
+            }
+            rngs = {f"rng_{rank}": entry for rank, (entry, _) in enumerate(generators)}
+            copies = snapshot({**tensors, **rngs, ADAPTER: self.parts.adapter_tensors()})
+            self.writer.start(partial(self._write, step, copies, content, self._protected(state, history)))
+        self.last_checkpoint, self.unsettled = checkpoint_path(self.run_dir, step), True
+        return self.last_checkpoint
+
+    def settle(self) -> None:
+        """Wait until the save in flight, if any, is on the disk. Call it on every rank.
 
         Raises:
             LoramoeError: it could not be written; on every rank.
         """
-        step = plan.first_step + state.done
-        generators = gather_object([rng.capture()])
-        history = [*self.history, *([finished] if finished else [])]
-        content = {
-            "seed": self.seed,
-            "stages": [entry.plain() for entry in self.stages],
-            "stage": plan.index,
-            "stage_done": finished is not None,
-            "step": step,
-            "history": [summary.plain() for summary in history],
-            "stage_state": state.plain(),
-            "optimizer": dict(optimizer_numbers),
-            "rng": [numbers for _, numbers in generators],
-        }
-        files = {**tensors, **{f"rng_{rank}": entry for rank, (entry, _) in enumerate(generators)}}
-        path, problem = None, None
+        if not self.unsettled:
+            return
+        self.unsettled = False
+        error: Exception | None = None
         if self.accelerator.is_main_process:
             try:
-                self.metrics.sync()
-                path = write_checkpoint(
-                    self.run_dir, step, save_adapter=self.parts.save_adapter, tensors=files, state=content
-                )
-                rotate(self.run_dir, step=step, keep=self.trainer.keep, protected=self._protected(state, history))
-            except LoramoeError as error:
-                problem = str(error)
-        path, problem = broadcast_object_list([path, problem])
-        if problem is not None:
-            raise LoramoeError(problem)
-        self.last_checkpoint = path
-        return path
+                self.writer.wait()
+            except Exception as problem:  # whatever it is, the other ranks must hear of it or they wait for ever
+                error = problem
+        (text,) = broadcast_object_list([None if error is None else str(error)])
+        if text is not None:
+            raise error or LoramoeError(text)
+
+    def close(self) -> None:
+        """End of the run, by an error too: what is being written is finished, what failed is said. Nothing is shared
+        with other ranks, which may be gone."""
+        try:
+            error = self.writer.close()
+            if error is not None:
+                self.progress.say(f"warning: {error}")
+        finally:
+            self.metrics.close()
+
+    def _write(
+        self, step: int, copies: dict[str, dict[str, Tensor]], content: dict[str, Any], protected: set[str]
+    ) -> None:
+        """In the writer's thread: log, checkpoint, rotation. Touches nothing that training changes."""
+        self.metrics.sync()
+        adapter = copies.pop(ADAPTER)
+        write_checkpoint(
+            self.run_dir,
+            step,
+            save_adapter=lambda folder: self.parts.save_adapter(folder, adapter),
+            tensors=copies,
+            state=content,
+        )
+        rotate(self.run_dir, step=step, keep=self.trainer.keep, protected=protected)
 
     def _protected(self, state: StageState, history: list[StageSummary]) -> set[str]:
         """Names of the checkpoints that rotation spares: each completed stage's last, and each stage's best."""

@@ -25,11 +25,12 @@ from loramoe_train.training.optim import (
     schedule_factor,
     set_learning_rates,
 )
+from loramoe_train.training.outcome import StepResult, Unread
 from loramoe_train.training.routing_stats import RoutingStats
 from loramoe_train.training.run_state import RunState, StageState
 from loramoe_train.training.signals import StopSignals
 from loramoe_train.training.stages import StagePlan
-from loramoe_train.training.step import StepResult, TrainingStep
+from loramoe_train.training.step import TrainingStep
 from loramoe_train.training.summary import StageSummary
 from loramoe_train.training.validation import EvalResult, evaluate, improves
 
@@ -60,6 +61,7 @@ class StageRun:
         self.anchors = {name: parameter.detach().clone() for name, parameter in anchored.items()}
         self.routing_stats = RoutingStats(parts.task_names, run.accelerator)
         self.state = StageState(Window(len(parts.task_names)))
+        self.unread: list[Unread] = []  # steps counted in `state.done` whose numbers are not in its sums yet
 
     @property
     def step_number(self) -> int:
@@ -84,10 +86,11 @@ class StageRun:
                 self.optimizer, schedule_factor(self.run.trainer, plan, self.state.done)
             )
             with memory_errors(f"stage {plan.name}, step {self.step_number + 1}"):
-                result = step(self.state.done, micro_batches, stop=self._stop_flags())
-            self.state.done += 1
+                self.unread.append(step(self.state.done, micro_batches, stop=self._stop_flags()))
+                self.state.done += 1
+                result = self._read_steps()
             self._log(result, learning_rates, perf_counter() - began)
-            if result.interrupted or result.signalled:
+            if result is not None and (result.interrupted or result.signalled):
                 self._save_and_stop(result.interrupted)
             summary = self._after_step()
         return summary
@@ -118,6 +121,28 @@ class StageRun:
             before_update=before_update,
         )
         return training_step
+
+    def _read_steps(self) -> StepResult | None:
+        """Take in the numbers of all steps but the latest, which the device may be at: or of that one too, if something
+        follows that needs them. Returns the last that was read.
+
+        Several ranks hear of a signal with the numbers, so they stop a step later where nothing else is due.
+        """
+        result, keep = None, 0 if self._numbers_are_due() else 1
+        while len(self.unread) > keep:
+            result = self.unread.pop(0).read()
+            self.state.window.add(result)
+            self.state.tokens += result.tokens
+            if result.interrupted or result.signalled:
+                keep = 0
+        return result
+
+    def _numbers_are_due(self) -> bool:
+        """Whether log, evaluation, checkpoint, end or a signal follows this step; the same answer on every rank."""
+        trainer, done = self.run.trainer, self.state.done
+        due = any(_due(done, every) for every in (trainer.log_every, trainer.eval_every, trainer.checkpoint_every))
+        alone = self.run.accelerator.num_processes == 1
+        return due or done == self.plan.steps or (alone and any(self._stop_flags()))
 
     def _after_step(self) -> StageSummary | None:
         """Evaluation and checkpoint, as far as they are due; the summary once the stage is complete."""
@@ -161,6 +186,7 @@ class StageRun:
         values = {key: value for key, value in summary.plain().items() if key not in ("name", "seconds")}
         self.run.metrics.write("stage", self.step_number, self.plan.name, {**values, "timing": timing})
         self._save(finished=summary)
+        self.run.settle()  # the next stage, or what comes after training, builds on it
         return summary
 
     def _warnings(self) -> tuple[str, ...]:
@@ -176,10 +202,12 @@ class StageRun:
 
     # -- log -----------------------------------------------------------------------------------------------------------
 
-    def _log(self, result: StepResult, learning_rates: dict[str, float], seconds: float) -> None:
-        self.state.window.add(result, seconds)
+    def _log(self, result: StepResult | None, learning_rates: dict[str, float], seconds: float) -> None:
+        """Show the step that was read last; after the latest step of a window, that is the latest."""
+        self.state.window.seconds += seconds
         self.state.seconds += seconds
-        self.state.tokens += result.tokens
+        if result is None:
+            return
         memory = memory_gib(self.run.accelerator.device)
         self.run.progress.step(self.plan, self.state.done, result.loss, result.tokens / max(seconds, 1e-9), memory)
         if _due(self.state.done, self.run.trainer.log_every) or self.state.done == self.plan.steps:
@@ -262,6 +290,7 @@ class StageRun:
     def _save_and_stop(self, interrupted: bool) -> NoReturn:
         self.state.pending = True
         path = self._save()
+        self.run.settle()
         self.signals.chain()
         where = f"after step {self.step_number} (stage {self.plan.name}); saved {path}; resume=auto continues"
         if interrupted:
@@ -274,7 +303,7 @@ class StageRun:
         numbers: dict[str, Any] = {}
         if finished is None:  # else optimizer and anchors have no further use
             tensors["optimizer"], numbers = optimizer_tensors(self.optimizer, self.names)
-            tensors["anchors"] = {name: tensor.cpu().contiguous() for name, tensor in self.anchors.items()}
+            tensors["anchors"] = self.anchors
         return self.run.save(self.plan, self.state, tensors=tensors, optimizer_numbers=numbers, finished=finished)
 
     def restore(self, checkpoint: Checkpoint) -> None:

@@ -12,47 +12,23 @@ Legend: B rows, S positions, R supervised positions, T tasks, J auxiliary terms,
 
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
-from math import isfinite
 from pathlib import Path
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import gather_object
 from torch import Tensor, nn
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
-from loramoe_train.data.batch import MixedBatch
-from loramoe_train.errors import DataError, DivergedError
-from loramoe_train.files import write_json
+from loramoe_train.data.batch import MixedBatch, to_device
 from loramoe_train.schema.trainer import TrainerConfig
 from loramoe_train.training.aux_terms import AuxTerms
-from loramoe_train.training.loss import LossHead, predicting, sum_by_task, targets
+from loramoe_train.training.loss import LossHead, Targets, sum_by_task, targets
+from loramoe_train.training.optim import halts_on_device
+from loramoe_train.training.outcome import Numbers, Reader, Unread
 from loramoe_train.training.parts import TrainingParts
 from loramoe_train.training.rng import seed_everything, seed_for
 from loramoe_train.training.routing_stats import RoutingStats
 from loramoe_train.training.stages import StagePlan
-
-EXAMPLES_IN_MESSAGE = 8
-
-
-@dataclass(frozen=True)
-class StepResult:
-    """Numbers of one optimizer step over all ranks, on the host."""
-
-    task_sums: tuple[float, ...]  # nats, by task of the mixture
-    task_tokens: tuple[float, ...]  # supervised tokens, by task
-    aux: Mapping[str, float]  # unweighted
-    anchor: float  # unweighted: sum ||theta - theta_stage_start||^2
-    grad_norms: Mapping[str, float]  # by group, before clipping
-    tokens: int  # real tokens, supervised or not
-    interrupted: bool  # Ctrl-C on some rank
-    signalled: bool  # another stop signal on some rank
-
-    @property
-    def loss(self) -> float:
-        """Nats per supervised token."""
-        return sum(self.task_sums) / sum(self.task_tokens)
 
 
 def model_inputs(batch: MixedBatch, mask_dtype: torch.dtype) -> dict[str, Tensor]:
@@ -105,67 +81,91 @@ class TrainingStep:
         """`wrapped` is the model or its data-parallel wrapper; `before_update` sees the gradients of each step."""
         self.parts, self.accelerator, self.trainer, self.plan = parts, accelerator, trainer, plan
         self.wrapped, self.optimizer, self.head, self.routing_stats = wrapped, optimizer, head, routing_stats
-        self.seed, self.run_dir, self.anchors, self.before_update = seed, run_dir, anchors, before_update
+        self.seed, self.anchors, self.before_update = seed, anchors, before_update
         self.aux = AuxTerms([parts.aux[name] for name in plan.aux_losses], accelerator)
         self.recorded: dict[str, int] = {}  # site -> number of experts, from the latest step
         self._mask_dtype = mask_dtype(parts.model, trainer)
+        self._reader = Reader(
+            accelerator,
+            plan,
+            run_dir,
+            parts.task_names,
+            self.aux.names,
+            tuple(group["name"] for group in optimizer.param_groups),
+        )
+        self._halted = torch.zeros((), device=accelerator.device)  # 1 from the first step on that must not count
+        self._halts_itself = halts_on_device(optimizer, self._halted)
 
-    def __call__(
-        self, step: int, batches: Sequence[MixedBatch], *, stop: tuple[bool, bool] = (False, False)
-    ) -> StepResult:
-        """Run optimizer step `step` of the stage on this rank's micro-batches.
+    def __call__(self, step: int, batches: Sequence[MixedBatch], *, stop: tuple[bool, bool] = (False, False)) -> Unread:
+        """Queue optimizer step `step` of the stage on this rank's micro-batches.
 
         Args:
             stop: whether this rank was (interrupted, signalled); travels with the step's own all-reduce.
 
-        Raises:
-            DataError: no token of the step is supervised.
-            DivergedError: a loss or gradient is not finite; the optimizer has not moved.
+        Returns:
+            the step's numbers, not yet read. Until they are, nothing here waits for the device.
+
+        Where the numbers turn out not to be finite, or no token of the step is supervised, the optimizer has not moved:
+        weights and moments are those before the step, and further steps leave them alone. Reading the numbers raises.
         """
-        task_tokens, tokens = self._count(batches)
-        on_device = [batch.to(self.accelerator.device) for batch in batches]
-        step_statistics = self._first_pass(step, on_device) if self.aux.needs_extra_pass(len(on_device)) else None
-        scale = self.accelerator.num_processes / sum(task_tokens)
-        sums = torch.zeros(len(task_tokens) + len(self.aux.names), dtype=torch.float64, device=self.accelerator.device)
-        for index, batch in enumerate(on_device):
+        device = self.accelerator.device
+        wanted = [targets(batch) for batch in batches]
+        task_tokens_T, tokens = self._count(batches, wanted)
+        on_device = [(batch.to(device), made.to(device)) for batch, made in zip(batches, wanted, strict=True)]
+        step_statistics = None
+        if self.aux.needs_extra_pass(len(on_device)):
+            step_statistics = self._first_pass(step, [batch for batch, _ in on_device])
+        scale = self.accelerator.num_processes / task_tokens_T.sum()  # float64 on the device
+        sums = torch.zeros(len(task_tokens_T) + len(self.aux.names), dtype=torch.float64, device=device)
+        for index, (batch, made) in enumerate(on_device):
             last = index == len(on_device) - 1
             facts = batch.tokens()
             # the context outlives backward: gradient checkpointing runs the layers once more in there
             with self._gradients_shared(last), self.parts.context.open(facts) as records:
-                losses_R, tasks_R = self._forward(step, index, batch)
-                loss = losses_R.sum() * scale
+                losses_R = self._forward(step, index, batch, made)
+                loss = losses_R.sum() * scale.to(losses_R.dtype)
                 aux, raw_J = self.aux.contributions(
                     records, facts, step_statistics=step_statistics, micro_batches=len(on_device)
                 )
-                sums += torch.cat([sum_by_task(losses_R, tasks_R, len(task_tokens)), raw_J])
+                sums += torch.cat([sum_by_task(losses_R, made.tasks_R, len(task_tokens_T)), raw_J])
                 self.routing_stats.add(records, facts)
                 self.recorded = {site: routing.weights_NE.shape[-1] for site, routing in records.items()}
                 self.accelerator.backward(loss if aux is None else loss + aux)
         anchor = self._pull_to_anchors()
         norms_G = self._gradient_norms()
-        result = self._result(sums, task_tokens, tokens, anchor, norms_G, stop)
-        self._check_finite(step, batches, result)
+        shared = self._shared(sums, stop)
+        task_sums_T, aux_J, stop_2 = shared.split([len(task_tokens_T), len(self.aux.names), 2])
+        numbers = Numbers(task_sums_T, aux_J, stop_2, task_tokens_T, tokens, anchor, norms_G.double())
+        packed = numbers.packed()
+        bad = ~(torch.isfinite(packed).all() & torch.isfinite(scale))
+        self._halted.copy_(torch.maximum(self._halted, bad.float()))
+        examples = [name for batch in batches for name in batch.example_ids]
+        unread = Unread(self._reader, step, numbers, packed, examples)
+        if not self._halts_itself:
+            unread.read()
         self.before_update(step)
         if self.trainer.clip_norm is not None:
             clip_grads_with_norm_(self._trained(), self.trainer.clip_norm, norms_G.norm())
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
-        return result
+        return unread
 
-    def _count(self, batches: Sequence[MixedBatch]) -> tuple[tuple[float, ...], int]:
-        """Supervised tokens by task, and real tokens, of the whole step."""
+    def _count(self, batches: Sequence[MixedBatch], wanted: Sequence[Targets]) -> tuple[Tensor, Tensor]:
+        """(T,) supervised tokens by task, and the number of real tokens, of the whole step: float64 on the device."""
         counts = torch.zeros(len(self.parts.task_names) + 1, dtype=torch.float64)
-        for batch in batches:
-            _, tasks_R = targets(batch, predicting(batch))
-            counts[:-1] += torch.bincount(tasks_R, minlength=len(counts) - 1)
+        for batch, made in zip(batches, wanted, strict=True):
+            counts[:-1] += torch.bincount(made.tasks_R, minlength=len(counts) - 1)
             counts[-1] += batch.valid.sum()
-        if self.accelerator.num_processes > 1:
-            counts = self.accelerator.reduce(counts.to(self.accelerator.device), reduction="sum").cpu()
-        *task_tokens, tokens = counts.tolist()
-        if not sum(task_tokens):
-            names = [name for batch in batches for name in batch.example_ids][:EXAMPLES_IN_MESSAGE]
-            raise DataError(f"no token of the step carries loss; examples: {', '.join(names)}")
-        return tuple(task_tokens), int(tokens)
+        counts = self._added_up(to_device(counts, self.accelerator.device))
+        return counts[:-1], counts[-1]
+
+    def _shared(self, sums: Tensor, stop: tuple[bool, bool]) -> Tensor:
+        """The sums and the stop flags of all ranks, in one all-reduce."""
+        flags = torch.tensor([float(flag) for flag in stop], dtype=torch.float64)
+        return self._added_up(torch.cat([sums, to_device(flags, sums.device)]))
+
+    def _added_up(self, values: Tensor) -> Tensor:
+        return values if self.accelerator.num_processes == 1 else self.accelerator.reduce(values, reduction="sum")
 
     def _gradients_shared(self, last: bool) -> AbstractContextManager:
         return nullcontext() if last else self.accelerator.no_sync(self.wrapped)
@@ -174,14 +174,11 @@ class TrainingStep:
         place = (self.seed, self.plan.name, step, self.accelerator.process_index, index)
         seed_everything(seed_for(*place))
 
-    def _forward(self, step: int, index: int, batch: MixedBatch) -> tuple[Tensor, Tensor]:
-        """(R,) losses with gradient and (R,) task indices."""
-        keep_BS = predicting(batch)
-        labels_R, tasks_R = targets(batch, keep_BS)
+    def _forward(self, step: int, index: int, batch: MixedBatch, wanted: Targets) -> Tensor:
+        """(R,) losses with gradient."""
         self._seed(step, index)
         with autocast(self.accelerator.device, self.trainer):
-            inputs = model_inputs(batch, self._mask_dtype)
-            return self.head.losses(self.wrapped, inputs, keep_BS, labels_R), tasks_R
+            return self.head.losses(self.wrapped, model_inputs(batch, self._mask_dtype), wanted)
 
     @torch.no_grad()
     def _first_pass(self, step: int, batches: Sequence[MixedBatch]) -> tuple[Tensor, ...]:
@@ -223,55 +220,3 @@ class TrainingStep:
             gradients = [parameter.grad for parameter in group["params"] if parameter.grad is not None]
             norms.append(get_total_norm(gradients) if gradients else torch.zeros((), device=self.accelerator.device))
         return torch.stack(norms)
-
-    def _result(
-        self,
-        sums: Tensor,
-        task_tokens: tuple[float, ...],
-        tokens: int,
-        anchor: Tensor,
-        norms_G: Tensor,
-        stop: tuple[bool, bool],
-    ) -> StepResult:
-        """Share the sums and the stop flags in one all-reduce, and wait for the device once."""
-        flags = torch.tensor([float(flag) for flag in stop], dtype=torch.float64, device=sums.device)
-        shared = torch.cat([sums, flags])
-        if self.accelerator.num_processes > 1:
-            shared = self.accelerator.reduce(shared, reduction="sum")
-        values = torch.cat([shared, anchor[None], norms_G.double()]).tolist()
-        tasks, terms = len(task_tokens), len(self.aux.names)
-        interrupted, signalled, anchor_value, *norms = values[tasks + terms :]
-        return StepResult(
-            task_sums=tuple(values[:tasks]),
-            task_tokens=task_tokens,
-            aux=dict(zip(self.aux.names, values[tasks : tasks + terms], strict=True)),
-            anchor=anchor_value,
-            grad_norms=dict(zip((g["name"] for g in self.optimizer.param_groups), norms, strict=True)),
-            tokens=tokens,
-            interrupted=interrupted > 0,
-            signalled=signalled > 0,
-        )
-
-    def _check_finite(self, step: int, batches: Sequence[MixedBatch], result: StepResult) -> None:
-        """Every rank sees the same numbers, so every rank raises, or none."""
-        named = {f"loss of task {n}": v for n, v in zip(self.parts.task_names, result.task_sums, strict=True)}
-        named |= {f"auxiliary loss {name}": value for name, value in result.aux.items()}
-        named |= {"preservation term": result.anchor}
-        named |= {f"gradient norm of the {name}": value for name, value in result.grad_norms.items()}
-        bad = {name: str(value) for name, value in named.items() if not isfinite(value)}
-        if not bad:
-            return
-        examples = gather_object([name for batch in batches for name in batch.example_ids])
-        tasks = [n for n, count in zip(self.parts.task_names, result.task_tokens, strict=True) if count]
-        global_step = self.plan.first_step + step + 1
-        if self.accelerator.is_main_process:
-            write_json(
-                self.run_dir / "diverged.json",
-                {"stage": self.plan.name, "step": global_step, "not_finite": bad, "tasks": tasks, "examples": examples},
-            )
-        more = f" and {len(examples) - EXAMPLES_IN_MESSAGE} more" if len(examples) > EXAMPLES_IN_MESSAGE else ""
-        raise DivergedError(
-            f"stage {self.plan.name}, step {global_step}: {', '.join(f'{k} is {v}' for k, v in bad.items())}; tasks: "
-            f"{', '.join(tasks)}; examples: {', '.join(examples[:EXAMPLES_IN_MESSAGE])}{more} (all in diverged.json); "
-            f"the last checkpoint is kept; lower trainer.lr or trainer.clip_norm, or look at these examples"
-        )

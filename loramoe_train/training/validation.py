@@ -10,7 +10,7 @@ from accelerate import Accelerator
 
 from loramoe_train.errors import DataError
 from loramoe_train.schema.trainer import TrainerConfig
-from loramoe_train.training.loss import LossHead, predicting, targets
+from loramoe_train.training.loss import LossHead, targets
 from loramoe_train.training.memory import memory_errors
 from loramoe_train.training.metrics import losses
 from loramoe_train.training.parts import TrainingParts
@@ -55,9 +55,7 @@ def evaluate(
                 return None
             total = torch.zeros(2, dtype=torch.float64, device=accelerator.device)
             for batch in batches[accelerator.process_index :: accelerator.num_processes]:
-                batch = batch.to(accelerator.device)
-                keep_BS = predicting(batch)
-                labels_R, _ = targets(batch, keep_BS)
+                wanted, batch = targets(batch).to(accelerator.device), batch.to(accelerator.device)
                 with (
                     torch.no_grad(),
                     memory_errors("the evaluation of the loss"),
@@ -65,7 +63,7 @@ def evaluate(
                     autocast(accelerator.device, trainer),
                 ):
                     inputs = model_inputs(batch, mask_dtype(parts.model, trainer))
-                    losses_R = head.losses(parts.model, inputs, keep_BS, labels_R)
+                    losses_R = head.losses(parts.model, inputs, wanted)
                 total[0] += losses_R.double().sum()
                 total[1] += len(losses_R)
             if accelerator.num_processes > 1:

@@ -11,6 +11,7 @@ from loramoe_train.errors import ConfigError, DataError, MissingFileError
 from loramoe_train.experts.adapters import (
     MANIFEST,
     WEIGHTS,
+    adapter_tensors,
     find_adapter,
     load_weights,
     plan_of,
@@ -53,7 +54,7 @@ def saved(tmp_path):
     layers, plan = routed()
     for number, parameter in enumerate(p for group in trainable_groups(layers).values() for p in group.values()):
         nn.init.constant_(parameter, float(number + 1))  # distinguishable values: an exchanged tensor shows
-    save_adapter(tmp_path, layers, plan, {"base": {"name": "x"}, "domains": ["d"]})
+    save_adapter(tmp_path, adapter_tensors(layers), plan, {"base": {"name": "x"}, "domains": ["d"]})
     return tmp_path, layers, plan
 
 

@@ -4,7 +4,7 @@ Sample i is a function of i. A step of `batch_size` samples is cut into micro-ba
 which each rank gets its part; so the same step comes in any number of pieces.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -125,8 +125,8 @@ def make_parts(
     groups = trainable_groups(layers)
     named = groups["experts"] | groups["routers"]
 
-    def save_adapter(folder: Path) -> None:
-        save_file({name: p.detach().clone() for name, p in named.items()}, folder / "adapter.safetensors")
+    def save_adapter(folder: Path, tensors: Mapping[str, Tensor]) -> None:
+        save_file(dict(tensors), folder / "adapter.safetensors")
 
     def load_adapter(folder: Path) -> None:
         stored = load_file(folder / "adapter.safetensors")
@@ -143,6 +143,7 @@ def make_parts(
         stage_data=lambda name: MadeUpData(batch, micro, offset=0 if name == "first" else 500),
         validation={task: [make_batch([900 + i, 903 + i])] for i, task in enumerate(TASKS)} if validation else {},
         task_names=TASKS,
+        adapter_tensors=lambda: {name: p.detach() for name, p in named.items()},
         save_adapter=save_adapter,
         load_adapter=load_adapter,
     )

@@ -2,6 +2,7 @@
 
 import io
 import json
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 
@@ -163,6 +164,49 @@ def test_deterministic_algorithms(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
         torch.use_deterministic_algorithms(False)
 
 
+def test_numbers_are_read_a_step_later_unless_something_is_due(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from loramoe_train.training.outcome import Unread
+
+    events, read_numbers = [], Unread.read
+
+    def note(self: Unread):
+        events.append(f"read {self._step}")
+        return read_numbers(self)
+
+    class Noted(MadeUpData):
+        def steps(self, **which):
+            for step, batches in enumerate(super().steps(**which)):
+                events.append(f"step {step}")
+                yield batches
+
+    monkeypatch.setattr(Unread, "read", note)
+    trainer = make_trainer(stages={"s": {"steps": 6}}, log_every=3, checkpoint_every=4)
+    train(replace(make_parts(validation=False), stage_data=lambda name: Noted(8, 8)), trainer, tmp_path)
+    first = ["step 0", "step 1", "read 0", "step 2", "read 1", "read 2"]  # log
+    assert events == [*first, "step 3", "read 3", "step 4", "step 5", "read 4", "read 5"]  # checkpoint, end
+    assert [line["step"] for line in read(tmp_path, "train")] == [3, 6]
+
+
+def test_divergence_between_lines_of_the_log(tmp_path: Path) -> None:
+    """The step after it is queued before its numbers are read; it is named, and nothing has moved since."""
+    parts, seen = make_parts(), {}
+
+    class Poisoned(MadeUpData):
+        def steps(self, **which):
+            for step, batches in enumerate(super().steps(**which)):
+                seen[step] = weights(parts)
+                norm = parts.model.model.norm.weight.data
+                norm.fill_(float("inf") if step == 1 else 1.0)
+                yield batches
+
+    bad = replace(parts, stage_data=lambda name: Poisoned(8, 4))
+    with pytest.raises(DivergedError, match="stage s, step 2: loss of task adding is nan"):
+        train(bad, make_trainer(stages={"s": {"steps": 9}}, log_every=9), tmp_path)
+    assert sorted(seen) == [0, 1, 2]
+    assert not all(torch.equal(seen[1][name], value) for name, value in seen[0].items())
+    assert all(torch.equal(value, seen[1][name]) for name, value in weights(parts).items())
+
+
 def test_divergence_keeps_the_last_checkpoint(tmp_path: Path) -> None:
     parts = make_parts()
 
@@ -187,11 +231,11 @@ def test_a_full_disk(tmp_path: Path) -> None:
 
     parts, saves = make_parts(), []
 
-    def save_adapter(folder: Path) -> None:
+    def save_adapter(folder: Path, tensors: Mapping[str, torch.Tensor]) -> None:
         saves.append(folder)
         if len(saves) == 2:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-        parts.save_adapter(folder)
+        parts.save_adapter(folder, tensors)
 
     with pytest.raises(LoramoeError, match=r"No space left on device\); the former checkpoints are intact"):
         train(replace(parts, save_adapter=save_adapter), make_trainer(checkpoint_every=1), tmp_path)

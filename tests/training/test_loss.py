@@ -40,19 +40,19 @@ def test_supervised_rows_equal_full_logits(chunk: int, monkeypatch: pytest.Monke
     monkeypatch.setattr(loss_module, "CHUNK_ELEMENTS", chunk)
     model, trained = trained_model()
     batch = make_batch([0, 1, 2, 3, 4, 5])
-    keep = predicting(batch)
-    labels, tasks = targets(batch, keep)
-    weights_R = torch.rand(len(labels), dtype=torch.float64)
+    wanted = targets(batch)
+    weights_R = torch.rand(len(wanted.labels_R), dtype=torch.float64)
     head = LossHead(model)
     assert head.head is model.lm_head
     inputs = {"input_ids": batch.input_ids, "attention_mask": batch.valid.long()}
-    losses = head.losses(model, inputs, keep, labels)
+    losses = head.losses(model, inputs, wanted)
     assert losses.dtype == torch.float64
     (ours,) = torch.autograd.grad((losses * weights_R).sum(), trained)
     expected = full_loss(model, batch, weights_R)
     (theirs,) = torch.autograd.grad(expected, trained)
     torch.testing.assert_close((losses * weights_R).sum(), expected, rtol=1e-12, atol=0)
     torch.testing.assert_close(ours, theirs, rtol=1e-9, atol=1e-14)
+    tasks = wanted.tasks_R
     sums = sum_by_task(losses, tasks, 3)
     for task in range(3):
         assert sums[task] == pytest.approx(losses[tasks == task].sum().item())
@@ -87,11 +87,10 @@ def test_what_follows_the_head_is_not_skipped(keeps_rows: bool) -> None:
     head = LossHead(model)
     assert head.head is None and head.keeps_rows is keeps_rows
     batch = make_batch([0, 1, 2])
-    keep = predicting(batch)
-    labels, _ = targets(batch, keep)
+    wanted = targets(batch)
     inputs = {"input_ids": batch.input_ids, "attention_mask": batch.valid.long()}
-    losses = head.losses(model, inputs, keep, labels)
-    expected = full_loss(model, batch, torch.ones(len(labels), dtype=torch.float64))
+    losses = head.losses(model, inputs, wanted)
+    expected = full_loss(model, batch, torch.ones(len(losses), dtype=torch.float64))
     torch.testing.assert_close(losses.sum(), expected, rtol=1e-12, atol=0)
     ours, theirs = (torch.autograd.grad(value, trained)[0] for value in (losses.sum(), expected))
     torch.testing.assert_close(ours, theirs, rtol=1e-9, atol=1e-14)
@@ -131,10 +130,9 @@ def test_only_a_chunk_of_logits_is_alive(monkeypatch: pytest.MonkeyPatch) -> Non
     monkeypatch.setattr(loss_module, "CHUNK_ELEMENTS", 16 * VOCABULARY)
     model, _ = trained_model()
     batch = make_batch(list(range(12)))
-    keep = predicting(batch)
-    labels, _ = targets(batch, keep)
+    wanted = targets(batch)
     head, seen = LossHead(model), []
     model.lm_head.register_forward_hook(lambda module, args, out: seen.append(len(out)))
     inputs = {"input_ids": batch.input_ids, "attention_mask": batch.valid.long()}
-    head.losses(model, inputs, keep, labels).sum().backward()
-    assert seen[0] == 0 and sum(seen) == len(labels) > 16 and max(seen) <= 16
+    head.losses(model, inputs, wanted).sum().backward()
+    assert seen[0] == 0 and sum(seen) == len(wanted.labels_R) > 16 and max(seen) <= 16

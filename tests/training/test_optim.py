@@ -11,11 +11,13 @@ from loramoe_train.errors import ConfigError
 from loramoe_train.schema.trainer import TrainerConfig
 from loramoe_train.training.optim import (
     build_optimizer,
+    halts_on_device,
     load_optimizer_tensors,
     optimizer_tensors,
     schedule_factor,
     set_learning_rates,
 )
+from loramoe_train.training.snapshot import snapshot
 from loramoe_train.training.stages import StagePlan, plan_stages
 
 
@@ -111,13 +113,40 @@ def test_state_survives_safetensors(name: str, tmp_path) -> None:
     optimizer, names = build(parts)
     take_steps(config, plan, parts, optimizer, range(3))
     tensors, numbers = optimizer_tensors(optimizer, names)
-    save_file(tensors, tmp_path / "o.safetensors")
+    save_file(snapshot({"o": tensors})["o"], tmp_path / "o.safetensors")
     optimizer, names = build(parts)
     load_optimizer_tensors(optimizer, names, load_file(tmp_path / "o.safetensors"), numbers)
     take_steps(config, plan, parts, optimizer, range(3, 6))
     for group in whole:
         for key in whole[group]:
             assert torch.equal(whole[group][key], parts[group][key]), key
+
+
+def test_a_halted_optimizer_does_nothing_and_another_is_undisturbed() -> None:
+    config, plan = make_plan(weight_decay=0.1)
+    found = {}
+    for name, flags in {"plain": None, "watched": [0.0] * 4, "halted": [0.0, 0.0, 1.0, 1.0]}.items():
+        members = groups()
+        optimizer = build_optimizer(config, plan, members)
+        halted = torch.zeros(())
+        if flags is not None:
+            assert halts_on_device(optimizer, halted)
+        for step in range(4):
+            halted.fill_(0.0 if flags is None else flags[step])
+            take_steps(config, plan, members, optimizer, range(step, step + 1))
+            names = {id(p): n for g in members.values() for n, p in g.items()}
+            tensors, _ = optimizer_tensors(optimizer, names)
+            weights = {n: p.detach() for g in members.values() for n, p in g.items()}
+            found[name, step] = snapshot({"all": {**tensors, **weights}})["all"]
+    for key, value in found["plain", 3].items():
+        assert torch.equal(found["watched", 3][key], value), key
+        assert torch.equal(found["halted", 3][key], found["plain", 1][key]), key
+    assert any(not torch.equal(value, found["plain", 1][key]) for key, value in found["plain", 3].items())
+
+
+def test_not_every_optimizer_can_halt() -> None:
+    parameter = torch.nn.Parameter(torch.zeros(2))
+    assert not halts_on_device(torch.optim.AdamW([parameter], foreach=True), torch.zeros(()))
 
 
 def test_state_of_other_parameters() -> None:

@@ -101,6 +101,23 @@ def test_a_finished_run_has_nothing_left_to_do(tmp_path: Path, uninterrupted: tu
     assert all(torch.equal(value, expected[name]) for name, value in weights(parts).items())
 
 
+def test_ranks_hear_of_a_signal_with_the_numbers(
+    tmp_path: Path, uninterrupted: tuple, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where a rank may not act on its own signal, the run stops one step later; that step is in the checkpoint too."""
+    from loramoe_train.training.stage_run import StageRun
+
+    monkeypatch.setattr(StageRun, "_numbers_are_due", lambda self: self.state.done == self.plan.steps)
+    trainer = make_trainer(**{**TRAINER, "log_every": 3, "eval_every": None})
+    train(make_parts(**RUN), trainer, tmp_path / "whole")
+    with pytest.raises(SavedOnSignal, match=r"after step 2 \(stage first\)"):
+        train(stopped_at(make_parts(**RUN), 0), trainer, tmp_path)
+    monkeypatch.undo()
+    parts = make_parts(**RUN)
+    train(parts, trainer, tmp_path, resume=find_latest(tmp_path))
+    assert log(tmp_path) == log(tmp_path / "whole")
+
+
 @pytest.mark.slow
 def test_resume_in_a_new_process(tmp_path: Path, uninterrupted: tuple) -> None:
     from safetensors.torch import load_file

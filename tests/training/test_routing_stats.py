@@ -8,6 +8,7 @@ import torch
 from accelerate import Accelerator
 
 from loramoe_train.routing.types import Routing, Tokens
+from loramoe_train.training import routing_stats as module
 from loramoe_train.training.routing_stats import RoutingStats, layer_of
 
 TASKS = ("a", "b", "c")
@@ -92,6 +93,50 @@ def test_a_window_survives_a_checkpoint() -> None:
     second.load_state(first.state())
     second.add(make_records(5), tokens[5])
     assert json.dumps(second.fetch()) == json.dumps(whole.fetch())
+
+
+def test_sites_may_come_and_go() -> None:
+    """Sums are kept for sites seen together, and belong to each of them: other company, or smaller parts, no matter."""
+    whole, parted = (RoutingStats(TASKS, Accelerator(cpu=True)) for _ in range(2))
+    records, tokens = make_records(9), make_tokens(9, padding=2)
+    for _ in range(3):
+        whole.add(records, tokens)
+    first, *rest = records
+    parted.add(records, tokens)
+    parted.add({first: records[first]}, tokens)
+    parted.add({site: records[site] for site in rest}, tokens)
+    parted.add({site: records[site] for site in reversed(records)}, tokens)
+    assert json.dumps(parted.fetch()) == json.dumps(whole.fetch())
+
+
+def test_many_sites_are_stacked_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
+    records, tokens, found = make_records(9), make_tokens(9), []
+    for limit in (2**23, 2 * 9 * 4, 1):
+        monkeypatch.setattr(module, "STACKED_ELEMENTS", limit)
+        stats = RoutingStats(TASKS, Accelerator(cpu=True))
+        stats.add(records, tokens)
+        found.append(json.dumps(stats.fetch()))
+    assert found[0] == found[1] == found[2]
+
+
+def test_the_number_of_operations_does_not_grow_with_the_sites() -> None:
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    class Counting(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            calls.append(str(function))
+            return function(*args, **(kwargs or {}))
+
+    tokens, counts = make_tokens(8), []
+    for sites in (2, 40):
+        stats = RoutingStats(TASKS, Accelerator(cpu=True))
+        records = {f"layers.{i}": Routing(torch.rand(8, 4)) for i in range(sites)}
+        stats.add(records, tokens)
+        calls: list[str] = []
+        with Counting():
+            stats.add(records, tokens)
+        counts.append(len(calls))
+    assert counts[0] == counts[1], calls
 
 
 def test_layers() -> None:

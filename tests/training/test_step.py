@@ -82,7 +82,7 @@ def test_any_split_equals_one_batch(micro: int, checkpointing: bool, tmp_path: P
     if checkpointing:
         parts.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
         parts.model.enable_input_require_grads()
-    result = step(0, [make_batch(piece) for piece in pieces])
+    result = step(0, [make_batch(piece) for piece in pieces]).read()
     for task, losses in expected["losses"].items():
         assert result.task_tokens[task] == len(losses)
         assert result.task_sums[task] == pytest.approx(sum(losses), rel=1e-12)
@@ -103,7 +103,7 @@ def test_the_balance_of_micro_batches_is_not_that_of_the_step(tmp_path: Path) ->
         parts = double_parts()
         parts = replace(parts, aux={"balance": replace(parts.aux["balance"], scope=scope)})
         step = make_step(parts, make_trainer(stages={"only": {}}), "only", tmp_path)
-        values[scope] = step(0, [make_batch([i]) for i in SAMPLES]).aux["balance"]
+        values[scope] = step(0, [make_batch([i]) for i in SAMPLES]).read().aux["balance"]
     assert abs(values["step"] - values["micro_batch"]) > 1e-3
 
 
@@ -146,7 +146,7 @@ def test_preservation_term(tmp_path: Path) -> None:
             step.before_update = lambda _, p=parts, into=gradients[weight]: into.update(
                 {n: q.grad.clone() for n, q in p.groups["experts"].items()}
             )
-            result = step(0, [make_batch(piece) for piece in pieces])
+            result = step(0, [make_batch(piece) for piece in pieces]).read()
         experts = list(parts.groups["experts"].items())
         expected = sum(p.numel() * (0.01 * (i + 1)) ** 2 for i, (_, p) in enumerate(experts))
         assert result.anchor == pytest.approx(expected, rel=1e-9)
@@ -168,7 +168,7 @@ def test_clipping(tmp_path: Path) -> None:
         step.optimizer.step = lambda seen=seen, parts=parts: seen.append(
             sum(float(p.grad.square().sum()) for m in parts.groups.values() for p in m.values()) ** 0.5
         )
-        result = step(0, [make_batch(SAMPLES)])
+        result = step(0, [make_batch(SAMPLES)]).read()
         norms[clip] = (seen[0], result.grad_norms)
     whole = (norms[None][1]["experts"] ** 2 + norms[None][1]["routers"] ** 2) ** 0.5
     assert norms[None][0] == pytest.approx(whole, rel=1e-6)
@@ -182,7 +182,7 @@ def test_a_row_of_padding_changes_nothing(tmp_path: Path) -> None:
     def train(batches: list[MixedBatch]) -> tuple[TrainingParts, dict]:
         parts = double_parts()
         step = make_step(parts, make_trainer(stages={"only": {}}), "only", tmp_path)
-        result = step(0, batches)
+        result = step(0, batches).read()
         return parts, {"sums": result.task_sums, "aux": result.aux}
 
     def blank(batch: MixedBatch) -> MixedBatch:
@@ -219,7 +219,7 @@ def test_packed_rows_equal_separate_ones(tmp_path: Path) -> None:
     for batch in (make_batch(SAMPLES[:2]), packed()):
         parts = double_parts()
         step = make_step(parts, make_trainer(stages={"only": {}}), "only", tmp_path)
-        results.append((step(0, [batch]), weights(parts)))
+        results.append((step(0, [batch]).read(), weights(parts)))
     (a, weights_a), (b, weights_b) = results
     assert a.task_sums == pytest.approx(b.task_sums, rel=1e-9) and a.aux == pytest.approx(b.aux, rel=1e-9)
     assert a.tokens == b.tokens and a.task_tokens == b.task_tokens
@@ -232,7 +232,7 @@ def test_bfloat16_stays_close(tmp_path: Path) -> None:
     for precision in ("no", "bf16"):
         parts = make_parts()
         step = make_step(parts, make_trainer(stages={"s": {}}, mixed_precision=precision), "s", tmp_path)
-        losses[precision] = [step(i, [make_batch(SAMPLES)]).loss for i in range(3)]
+        losses[precision] = [step(i, [make_batch(SAMPLES)]).read().loss for i in range(3)]
     # bfloat16 keeps 8 bits: 2^-8 = 0.4 % of logits of about 1 nat
     assert losses["bf16"] != losses["no"] and losses["bf16"] == pytest.approx(losses["no"], abs=2e-2)
 
@@ -244,14 +244,14 @@ def test_divergence_names_the_batch_and_leaves_the_weights(tmp_path: Path) -> No
     with torch.no_grad():
         parts.model.model.layers[0].mlp.down_proj.weight[0, 0] = float("nan")
     with pytest.raises(DivergedError) as caught:
-        step(0, [make_batch(SAMPLES[:6]), make_batch([6, 7, 8, 9])])
+        step(0, [make_batch(SAMPLES[:6]), make_batch([6, 7, 8, 9])]).read()
     text = str(caught.value)
     assert "\n" not in text and "stage only, step 1" in text and "loss of task adding is nan" in text
     assert "adding:train:0, naming:train:1" in text and "and 2 more (all in diverged.json)" in text
     dumped = json.loads((tmp_path / "diverged.json").read_text())
     assert dumped["examples"] == [f"{TASKS[i % 3]}:train:{i}" for i in range(10)] and dumped["step"] == 1
     assert all(torch.equal(value, before[name]) for name, value in weights(parts).items())
-    assert not step.optimizer.state
+    assert not any(moved.any() for state in step.optimizer.state.values() for moved in state.values())
 
 
 def test_infinite_gradient_alone(tmp_path: Path) -> None:
@@ -269,14 +269,120 @@ def test_infinite_gradient_alone(tmp_path: Path) -> None:
     with pytest.raises(
         DivergedError, match=r"step 1: gradient norm of the experts is nan, gradient norm of the routers"
     ):
+        step(0, [make_batch(SAMPLES)]).read()
+
+
+def everything(parts: TrainingParts, optimizer: torch.optim.Optimizer) -> list[Tensor]:
+    """Copies of all weights, moments and step counts."""
+    moments = [value.clone() for state in optimizer.state.values() for value in state.values()]
+    return [*weights(parts).values(), *moments]
+
+
+@pytest.mark.parametrize("fault", ["loss", "gradient", "nothing supervised"])
+def test_a_step_that_must_not_count_moves_nothing_nor_do_those_after_it(fault: str, tmp_path: Path) -> None:
+    """Two further steps are queued before anybody reads its numbers; the host has waited for none of them."""
+
+    class Steep:
+        """An infinite gradient where the scale is zero."""
+
+        def statistics(self, records, tokens) -> Tensor:
+            return torch.zeros(1)
+
+        def __call__(self, records, tokens, statistics) -> Tensor:
+            return sum((r.logits_NE.sum() * scale[0]).square().sqrt() for r in records.values())
+
+    scale = [1e-6]
+    parts = make_parts(aux={"steep": AuxTerm("steep", 1.0, "step", Steep())})
+    step = make_step(parts, make_trainer(stages={"only": {}}, weight_decay=0.1), "only", tmp_path)
+    batch, weight = make_batch(SAMPLES), parts.model.model.layers[0].mlp.down_proj.weight
+    first = step(0, [batch])
+    before = everything(parts, step.optimizer)
+    if fault == "loss":
+        kept, weight.data[0, 0] = weight.data[0, 0].clone(), float("inf")
+    elif fault == "gradient":
+        scale[0] = 0.0
+    bare = replace(batch, labels=torch.full_like(batch.labels, IGNORE))
+    bad = step(1, [bare if fault == "nothing supervised" else batch])
+    if fault == "loss":
+        weight.data[0, 0] = kept
+    scale[0] = 1e-6
+    later = [step(index, [batch]) for index in (2, 3)]
+    assert all(torch.equal(a, b) for a, b in zip(everything(parts, step.optimizer), before, strict=True))
+    first.read()
+    expected = {"loss": "step 2: loss of task", "gradient": "step 2: gradient norm", "nothing supervised": "no token"}
+    with pytest.raises(DataError if fault == "nothing supervised" else DivergedError, match=expected[fault]):
+        bad.read()
+    assert later[0].read().loss > 0  # finite by itself
+
+
+def test_an_optimizer_that_cannot_halt_is_asked_only_after_a_look(tmp_path: Path) -> None:
+    parts = make_parts()
+    step = make_step(parts, make_trainer(stages={"only": {}}), "only", tmp_path)
+    step._halts_itself = False
+    step.optimizer.found_inf = None
+    before = weights(parts)
+    parts.model.model.norm.weight.data.fill_(float("nan"))
+    with pytest.raises(DivergedError, match="step 1: loss of task adding is nan"):
         step(0, [make_batch(SAMPLES)])
+    assert all(torch.equal(value, before[name]) for name, value in weights(parts).items())
 
 
 def test_no_supervised_token(tmp_path: Path) -> None:
     batch = make_batch(SAMPLES)
     step = make_step(make_parts(), make_trainer(stages={"s": {}}), "s", tmp_path)
     with pytest.raises(DataError, match="no token of the step carries loss; examples: adding:train:0"):
-        step(0, [replace(batch, labels=torch.full_like(batch.labels, IGNORE))])
+        step(0, [replace(batch, labels=torch.full_like(batch.labels, IGNORE))]).read()
+
+
+WAITING = ("_local_scalar_dense", "nonzero", "is_nonzero", "item", "equal", "masked_select", "unique")
+
+
+def test_a_step_waits_for_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """No operation whose result, or the size of whose result, the host must know, but for those on the host's batch."""
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    from loramoe_train.training import step as step_module
+
+    waited = []
+
+    class Watching(TorchDispatchMode):
+        on_host = False
+
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            name = function.overloadpacket.__name__
+            by_mask = name.startswith("index") and any(
+                isinstance(index, Tensor) and index.dtype == torch.bool
+                for index in (args[1] if len(args) > 1 and isinstance(args[1], list | tuple) else ())
+            )
+            if not self.on_host and (name in WAITING or by_mask):
+                waited.append(name)
+            return function(*args, **(kwargs or {}))
+
+    watching = Watching()
+
+    def on_host(batch):
+        watching.on_host = True
+        try:
+            return made(batch)
+        finally:
+            watching.on_host = False
+
+    made = step_module.targets
+    monkeypatch.setattr(step_module, "targets", on_host)
+    # transformers asks whether a 2-D mask hides anything; that is its own, and once per forward pass
+    monkeypatch.setattr("transformers.masking_utils._ignore_causal_mask_sdpa", lambda *a, **k: False)
+    trainer = make_trainer(stages={"second": {"anchor": 0.1}})
+    parts = make_parts(dropout=0.1)
+    step = make_step(parts, trainer, "second", tmp_path, anchors=dict(parts.groups["experts"]))
+    batches = [make_batch(SAMPLES[:4]), make_batch(SAMPLES[4:])]
+    step(0, batches)
+    with watching:
+        unread = step(1, batches)
+    assert waited == []
+    with watching:
+        unread.read()
+        parts.validation["adding"][0].valid.any().item()
+    assert "_local_scalar_dense" in waited  # or it could not fail
 
 
 def test_only_the_stage_s_groups_move(tmp_path: Path) -> None:

@@ -8,16 +8,19 @@ import json
 import signal
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 from safetensors.torch import save_file
+from torch import Tensor
 
 from loramoe_train.errors import LoramoeError
 from loramoe_train.training.checkpoint import find_latest
-from loramoe_train.training.parts import StageData
+from loramoe_train.training.parts import StageData, TrainingParts
+from loramoe_train.training.signals import StopSignals
 from tests.training.harness import double_parts, make_parts, make_trainer, train, weights
 
 
@@ -34,12 +37,39 @@ class Announced:
             yield batches
 
 
+def held(parts: TrainingParts, step: int) -> TrainingParts:
+    """The parts with a checkpoint, that of `step`, which says `writing STEP` and then waits for a signal to stop."""
+
+    def save_adapter(folder: Path, tensors: Mapping[str, Tensor]) -> None:
+        if folder.name.startswith(f"step_{step:06d}"):
+            (folder / "adapter.safetensors").write_bytes(b"half")
+            print(f"writing {step}", flush=True)
+            while not stopping():
+                time.sleep(0.05)
+        parts.save_adapter(folder, tensors)
+
+    def stopping() -> bool:
+        return bool(stopped)
+
+    stopped: list[int] = []
+    note = StopSignals._note
+
+    def also_tell(self: StopSignals, number: int, frame: FrameType | None) -> None:
+        stopped.append(number)
+        note(self, number, frame)
+
+    StopSignals._note = also_tell
+    return replace(parts, save_adapter=save_adapter)
+
+
 def main(options: dict[str, Any]) -> None:
     run_dir = Path(options["run_dir"])
     make = double_parts if options.get("double") else make_parts
     parts = make(**options.get("parts", {}))
     made = parts.stage_data
     parts = replace(parts, stage_data=lambda name: Announced(made(name), options.get("pause", 0.0)))
+    if "hold" in options:
+        parts = held(parts, options["hold"])
     if options.get("listen"):
         # who listened before, as submitit does
         signal.signal(signal.SIGUSR2, lambda *_: print("requeued", find_latest(run_dir).name, flush=True))
