@@ -28,7 +28,9 @@ def most_per_domain(num_domains: int, num_experts: int) -> int:
 
 def domain_weights(domain_N: Tensor, num_domains: int, num_experts: int) -> Tensor:
     """(N, E) float32 for domain indices in [0, G); tokens of domain -1 (padding) use no expert."""
-    table_GE = domain_table(num_domains, num_experts).to(domain_N.device)
+    # the cache is for eager passes; a compiler warns that it does not see it
+    table = domain_table.__wrapped__ if torch.compiler.is_compiling() else domain_table
+    table_GE = table(num_domains, num_experts).to(domain_N.device)
     return table_GE[domain_N.clamp(min=0)] * (domain_N >= 0).unsqueeze(-1)
 
 
