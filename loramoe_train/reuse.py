@@ -71,7 +71,7 @@ def evaluate_folder(folder: Path, overrides: Sequence[str]) -> None:
     from loramoe_train.settle import settle
 
     started = time.perf_counter()
-    settle(config)
+    settle(config, trains=False)
 
     from loramoe_train.models import load_tokenizer
     from loramoe_train.run import evaluate_routed, finish, on_cpu, rebuild

@@ -20,6 +20,7 @@ from loramoe_train.data.stage import MixtureStage, check_batch_size
 from loramoe_train.evaluation.harness import compare
 from loramoe_train.evaluation.results import render_table, versions, write_results, write_samples
 from loramoe_train.experts import adapters as adapter_files
+from loramoe_train.experts.compiled import compile_layers
 from loramoe_train.models import base_identity, check_same_base, load_model, load_tokenizer, meta_model
 from loramoe_train.rundir import RESULTS, claim, default_run_dir, newest_checkpoint, released_on_failure
 from loramoe_train.schema.run import RunConfig
@@ -93,6 +94,8 @@ def prepare(config: RunConfig, settled: Settled, *, device: Any) -> Prepared:
     examples = drawable(config.data.sampling, mixture.sizes)
     stages = plan_stages(config.trainer, dict.fromkeys(config.trainer.stages, examples), aux_losses=config.aux_loss)
     routed = build_routed(config, list(mixture.domain_names), device=device)
+    if config.trainer.compile:
+        compile_layers(routed.model.get_submodule(config.model.layers), routed.layers)
     identity = base_identity(config.model)
     facts = _manifest_facts(config, mixture, identity)
 

@@ -1,8 +1,12 @@
 """Everything about a run that can be refused before a weight or a data row is read. Torch-free, a second at most."""
 
 import os
+import shutil
+import sys
+import sysconfig
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from loramoe_train.data.sampling import shares
@@ -27,9 +31,10 @@ class Settled:
     domains: list[str]
 
 
-def settle(config: RunConfig, *, check_files: bool = True) -> Settled:
-    """Cross-field checks against the base model's config.json; with `check_files` also that model, data and benchmarks
-    are at hand. Raises ConfigError, DataError or MissingFileError.
+def settle(config: RunConfig, *, check_files: bool = True, trains: bool = True) -> Settled:
+    """Cross-field checks against the base model's config.json; with `check_files` also that model, data, benchmarks and
+    compiler are at hand. `trains` false: what only training needs does not matter. Raises ConfigError, DataError or
+    MissingFileError.
     """
     if config.offline:
         os.environ.update(OFFLINE)
@@ -52,6 +57,10 @@ def settle(config: RunConfig, *, check_files: bool = True) -> Settled:
             f"data.packing=true: the state-space layers of {config.model.name} cannot keep packed examples apart;"
             " set data.packing=false"
         )
+    if config.trainer.compile and trains:
+        _check_compilable(config)
+        if check_files:
+            _check_compiler()
     if check_files:
         model_folder(config.model)
         if config.eval.enabled:
@@ -69,6 +78,42 @@ def _check_trained_experts(config: RunConfig) -> None:
         raise ConfigError(
             f"trainer.stages.{name} trains only routers, over experts that no stage has trained; give"
             " experts.adapters=[PEFT_FOLDER,...] or init_from=RUN, or train experts first"
+        )
+
+
+def _check_compilable(config: RunConfig) -> None:
+    """What torch.compile cannot serve without breaking the graph of a layer."""
+    if config.model.sites.get("ssm"):
+        raise ConfigError(
+            f"trainer.compile=true: the state-space layers of {config.model.name} reach their routed projections in"
+            " ways that torch.compile cannot trace; set trainer.compile=false"
+        )
+    if config.model.quantization != "none":
+        raise ConfigError(
+            f"trainer.compile=true: the kernels of model.quantization={config.model.quantization} cannot be compiled"
+            " without breaks; set trainer.compile=false or model.quantization=none"
+        )
+    if config.experts.form == "grouped":
+        raise ConfigError(
+            "trainer.compile=true: experts.form=grouped sorts tokens by expert, and the sizes of the groups depend on"
+            " the data; set experts.form=auto, which compiles the concatenated form, or trainer.compile=false"
+        )
+
+
+def _check_compiler() -> None:
+    """torch.compile writes C++ (and for a GPU Triton, which also calls a C compiler) against Python's headers."""
+    usual = {"darwin": "clang++", "win32": "cl"}.get(sys.platform, "g++")  # torch tries this one and no other
+    wanted = os.environ.get("CXX") or usual
+    if shutil.which(wanted) is None:
+        raise ConfigError(
+            f"trainer.compile=true needs a C++ compiler, and there is no {wanted}; install it, name another in the"
+            " environment variable CXX, or set trainer.compile=false"
+        )
+    headers = Path(sysconfig.get_path("include"))
+    if not (headers / "Python.h").is_file():
+        raise ConfigError(
+            f"trainer.compile=true needs the headers of Python, and {headers} has no Python.h; install the package"
+            " python3-dev, or set trainer.compile=false"
         )
 
 

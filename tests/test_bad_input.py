@@ -86,12 +86,21 @@ def test_training_refuses_bad_data_too(tmp_path):
         (["init_from=nowhere"], 3, ["init_from", "nowhere"]),
         (["+recipe=lora_mixer_plug_and_play", "experts.adapters=[nowhere]"], 3, ["nowhere", "does not exist"]),
         (["resume=nowhere"], 3, ["nowhere", "checkpoint"]),
+        (["trainer.compile=true", "experts.form=grouped"], 2, ["trainer.compile", "grouped", "experts.form=auto"]),
+        (["trainer.compile=true", "model=falcon_mamba_7b"], 2, ["trainer.compile=true", "state-space"]),
+        (["trainer.compile=true", "model.quantization=nf4"], 2, ["trainer.compile=true", "nf4"]),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else None,
 )
 def test_refused_before_anything_is_written(arguments, code, words, tmp_path):
     given = arguments if any("recipe" in a for a in arguments) else [RECIPE, *arguments]
     refused(tmp_path, code, *words, arguments=(*given, "run_dir=run"))
+    assert not list(tmp_path.iterdir())
+
+
+def test_compiling_without_a_compiler(tmp_path):
+    done = run_cli("train", RECIPE, "trainer.compile=true", "run_dir=run", cwd=tmp_path, CXX="no-such-compiler")
+    check_refused(done, 2, "trainer.compile=true", "no-such-compiler", "CXX")
     assert not list(tmp_path.iterdir())
 
 

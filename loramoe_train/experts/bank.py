@@ -71,6 +71,8 @@ class ExpertBank(nn.Module):
 
     def form_for(self, most: int | None, tokens: int) -> Form:
         """How the experts are computed for a pass over `tokens` tokens with at most `most` experts each."""
+        if torch.compiler.is_compiling():  # sorting tokens by expert depends on data; a compiler needs the sizes
+            return "concatenated"
         return choose_form(self.form, ranks=self.ranks, most=most, tokens=tokens, device=self.down.device)
 
     def add_to(self, y: Tensor, seen: SeenInput) -> Tensor:

@@ -25,7 +25,8 @@ class ExpertLinear(nn.Module):
         super().__init__()
         self.base, self.bank, self.router = base, bank, router
         self.site, self.context = site, context
-        self.shared = SharedInput([self])  # `share` puts it together with others
+        self.shared, self.place = SharedInput([self]), 0  # `share` puts it together with others
+        self.latest: Routing | None = None  # what compiled code decided, until it is recorded
 
     @property
     def in_features(self) -> int:
@@ -42,7 +43,10 @@ class ExpertLinear(nn.Module):
         if self.training and not self.context.is_open:
             raise RuntimeError(f"{self.site}: training forward outside `with context.open(tokens):`")
         seen = self.shared.see(self, x, y.dtype)
-        self.context.record(self.site, seen.routing)
+        if torch.compiler.is_compiling():
+            self.latest = seen.routing  # compiled code that knew the site's name would serve one layer alone
+        else:
+            self.context.record(self.site, seen.routing)
         return self.bank.add_to(y, seen)
 
     def train(self, mode: bool = True) -> "ExpertLinear":
@@ -93,6 +97,6 @@ class ExpertLinear(nn.Module):
 def share(members: list[ExpertLinear]) -> None:
     """Let layers that read the same tensor share their work, in the order in which the model calls them."""
     shared = SharedInput(members)
-    for member in members:
-        member.shared = shared
+    for place, member in enumerate(members):
+        member.shared, member.place = shared, place
     members[0].context.on_close.append(shared.forget_waiting)

@@ -21,13 +21,16 @@ def narrow_dtype(dtype: torch.dtype, device: torch.device) -> torch.dtype:
     """
     if dtype not in (torch.bfloat16, torch.float16):
         return dtype
+    return dtype if multiplies_natively(dtype, device) else torch.float32
+
+
+def multiplies_natively(dtype: torch.dtype, device: torch.device) -> bool:
+    """Whether a device has instructions for matrices of a half-precision dtype."""
     if device.type == "cpu":
-        native = dtype == torch.bfloat16 and torch.cpu._is_avx512_bf16_supported()
-    elif device.type == "cuda":
-        native = dtype == torch.float16 or torch.cuda.get_device_capability(device) >= (8, 0)
-    else:
-        native = True
-    return dtype if native else torch.float32
+        return dtype == torch.bfloat16 and torch.cpu._is_avx512_bf16_supported()
+    if device.type == "cuda":
+        return dtype == torch.float16 or torch.cuda.get_device_capability(device) >= (8, 0)
+    return True
 
 
 def shrink(x_ND: Tensor, down_RD: Tensor) -> Tensor:

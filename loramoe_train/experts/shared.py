@@ -74,21 +74,21 @@ class SharedInput:
     def see(self, layer: ExpertLinear, x: Tensor, base_dtype: torch.dtype) -> SeenInput:
         """The part of `layer`, computed now or waiting since another member was called with this very x (..., D)."""
         if len(self.members) == 1:
-            return self._compute(self.members, x, base_dtype)[layer.site]
+            return self._compute(self.members, x, base_dtype)[layer.place]
         now = self._now(layer, x, base_dtype)
-        if layer.site in self._waiting and _same(now, self._circumstances):
-            seen = self._waiting.pop(layer.site)
+        if layer.place in self._waiting and _same(now, self._circumstances):
+            seen = self._waiting.pop(layer.place)
             if not self._waiting:
                 self._circumstances = ()
             return seen
         parts = self._compute(self.members if layer is self.members[0] else (layer,), x, base_dtype)
-        seen = parts.pop(layer.site)
+        seen = parts.pop(layer.place)
         self._waiting, self._circumstances = parts, now if parts else ()
         return seen
 
     def forget_waiting(self) -> None:
         """Drop what no member has asked for."""
-        self._waiting: dict[str, SeenInput] = {}
+        self._waiting: dict[int, SeenInput] = {}  # by place in the group
         self._circumstances: tuple[Any, ...] = ()
 
     def forget(self) -> None:
@@ -103,10 +103,12 @@ class SharedInput:
     def _now(self, layer: ExpertLinear, x: Tensor, base_dtype: torch.dtype) -> tuple[Any, ...]:
         """Everything that the work depends on; tensors by identity and by their counters of changes."""
         context = layer.context
-        facts = (x, base_dtype, context.mode, context.passes, torch.is_grad_enabled(), layer.training)
-        if torch.compiler.is_compiling() or x.is_inference():
+        facts = (x, base_dtype, context.mode, torch.is_grad_enabled(), layer.training)
+        if torch.compiler.is_compiling():  # numbers that grow from step to step would compile every step anew
             return facts
-        return (*facts, x._version, *self._versions())
+        if x.is_inference():
+            return (*facts, context.passes)
+        return (*facts, context.passes, x._version, *self._versions())
 
     def _versions(self) -> tuple[int, ...]:
         """Another answer where any factor or router may have changed."""
@@ -116,27 +118,17 @@ class SharedInput:
 
     def _arrange(self, members: tuple[ExpertLinear, ...], tokens: int) -> _Arrangement:
         """Decided once for every kind of pass: walking over modules costs as much as a narrow product in decoding."""
+        if torch.compiler.is_compiling():  # costs nothing when the compiled code runs, and a cache would be guarded
+            return _arrangement(members, tokens)
         first = members[0]
-        key = (len(members), first.site, first.context.mode, first.training, tokens >= FEWEST_TOKENS)
+        key = (len(members), first.place, first.context.mode, first.training, tokens >= FEWEST_TOKENS)
         if key not in self._arranged:
-            shrunk = tuple(m for m in members if m.bank.form_for(m.most_experts(), tokens) == "concatenated")
-            asked = tuple(member for member in members if member.linear_score is not None)
-            experts = tuple(member.bank.num_experts for member in asked)
-            alike = all(asked[0].router.is_like(member.router) for member in asked[1:])
-            self._arranged[key] = _Arrangement(
-                members,
-                shrunk,
-                tuple(member.bank.down.shape[0] for member in shrunk),
-                asked,
-                experts,
-                len(asked) > 1 and alike and len(set(experts)) == 1,
-                any(member.linear_score[1] is not None for member in asked),
-            )
+            self._arranged[key] = _arrangement(members, tokens)
         return self._arranged[key]
 
     # -- the work ------------------------------------------------------------------------------------------------------
 
-    def _compute(self, members: tuple[ExpertLinear, ...], x: Tensor, base_dtype: torch.dtype) -> dict[str, SeenInput]:
+    def _compute(self, members: tuple[ExpertLinear, ...], x: Tensor, base_dtype: torch.dtype) -> dict[int, SeenInput]:
         x_ND = x.reshape(-1, x.shape[-1])
         dtype = narrow_dtype(base_dtype, x.device)
         plan = self._arrange(members, x_ND.shape[0])
@@ -151,17 +143,17 @@ class SharedInput:
             downs = [member.bank.down for member in plan.shrunk]
             routers = [member.linear_score[0] for member in plan.asked]
             hidden_N, logits_N = shrink_all(x_ND, downs, routers, kept, dtype)
-        hidden: dict[str, Tensor] = {}
+        hidden: dict[int, Tensor] = {}
         if plan.shrunk:
             parts = hidden_N.split(plan.ranks, dim=1)
-            hidden = {member.site: part for member, part in zip(plan.shrunk, parts, strict=True)}
+            hidden = {member.place: part for member, part in zip(plan.shrunk, parts, strict=True)}
         routings = _ask(plan, logits_N) if plan.asked else {}
         seen = {}
         for member in members:
-            site = member.site
-            routing = routings[site] if site in routings else member.decide(x_ND)
-            unweighted = not plan.asked and member.is_unweighted
-            seen[site] = SeenInput(x_ND, routing, unweighted, hidden.get(site), scaled, kept, dtype)
+            place = member.place
+            routing = routings[place] if place in routings else member.decide(x_ND)
+            unweighted = len(plan.asked) == 0 and member.is_unweighted
+            seen[place] = SeenInput(x_ND, routing, unweighted, hidden.get(place), scaled, kept, dtype)
         return seen
 
     def _prepared(self, plan: _Arrangement, dtype: torch.dtype) -> Stacked:
@@ -175,12 +167,28 @@ class SharedInput:
         return self._stacked[1]
 
 
+def _arrangement(members: tuple[ExpertLinear, ...], tokens: int) -> _Arrangement:
+    shrunk = tuple(m for m in members if m.bank.form_for(m.most_experts(), tokens) == "concatenated")
+    asked = tuple(member for member in members if member.linear_score is not None)
+    experts = tuple(member.bank.num_experts for member in asked)
+    alike = all(asked[0].router.is_like(member.router) for member in asked[1:])
+    return _Arrangement(
+        members,
+        shrunk,
+        tuple(member.bank.down.shape[0] for member in shrunk),
+        asked,
+        experts,
+        len(asked) > 1 and alike and len(set(experts)) == 1,
+        any(member.linear_score[1] is not None for member in asked),
+    )
+
+
 def _same(now: tuple[Any, ...], before: tuple[Any, ...]) -> bool:
     return len(now) == len(before) and now[0] is before[0] and now[1:] == before[1:]
 
 
-def _ask(plan: _Arrangement, logits_N: Tensor) -> dict[str, Routing]:
-    """The decisions of the routers whose logits are known; taken together where the routers are alike."""
+def _ask(plan: _Arrangement, logits_N: Tensor) -> dict[int, Routing]:
+    """By place, the decisions of the routers whose logits are known; taken together where the routers are alike."""
     asked = plan.asked
     biases = [member.linear_score[1] for member in asked] if plan.biased else [None] * len(asked)
     if plan.together:
@@ -188,10 +196,10 @@ def _ask(plan: _Arrangement, logits_N: Tensor) -> dict[str, Routing]:
         if biases[0] is not None:
             logits_NME = logits_NME + torch.stack(biases)
         routings = _apart(asked[0].router.decide(logits_NME))
-        return {member.site: routing for member, routing in zip(asked, routings, strict=True)}
+        return {member.place: routing for member, routing in zip(asked, routings, strict=True)}
     routings = {}
     for member, logits_NE, bias_E in zip(asked, logits_N.split(plan.experts, dim=1), biases, strict=True):
-        routings[member.site] = member.router.decide(logits_NE if bias_E is None else logits_NE + bias_E)
+        routings[member.place] = member.router.decide(logits_NE if bias_E is None else logits_NE + bias_E)
     return routings
 
 

@@ -54,7 +54,7 @@ def load_model(config: ModelConfig, *, device: torch.device | str | None = None)
     _keep_differentiable(model)
     model.config.use_cache = True
     if config.gradient_checkpointing:
-        _checkpoint_activations(model)
+        checkpoint_activations(model)
     return model.eval()
 
 
@@ -202,7 +202,8 @@ def _check_facts(said: dict[str, Any], loaded: dict[str, Any], source: Path | st
             )
 
 
-def _checkpoint_activations(model: "PreTrainedModel") -> None:
+def checkpoint_activations(model: "PreTrainedModel") -> None:
+    """Keep only each layer's input in training. Raises ConfigError where transformers does not do that for a model."""
     if not model.supports_gradient_checkpointing:
         raise ConfigError(f"model.gradient_checkpointing=true: {type(model).__name__} does not support it")
     model.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})

@@ -31,7 +31,9 @@ def most_per_domain(num_domains: int, num_experts: int) -> int:
 def domain_routing(domain_N: Tensor, num_domains: int, num_experts: int) -> Routing:
     """Hard routing for domain indices in [0, G); tokens of domain -1 (padding) use no expert."""
     # kept on the device: a small copy from the host would wait for all that the device has to do
-    table_GE = domain_table(num_domains, num_experts, domain_N.device)
+    # a compiler does not see the cache, and warns
+    table = domain_table.__wrapped__ if torch.compiler.is_compiling() else domain_table
+    table_GE = table(num_domains, num_experts, domain_N.device)
     weights_GK, experts_GK = table_GE.topk(most_per_domain(num_domains, num_experts), dim=1)
     own_N, real_N1 = domain_N.clamp(min=0), (domain_N >= 0).unsqueeze(-1)
     chosen = Chosen(experts_GK[own_N], weights_GK[own_N] * real_N1)

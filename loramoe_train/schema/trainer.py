@@ -47,6 +47,7 @@ class TrainerConfig(Strict):
     warmup_fraction: float = Field(default=0.03, ge=0, lt=1)  # of a stage's steps
     mixed_precision: Literal["no", "bf16"] = "no"  # autocast around the forward pass
     deterministic: bool = False
+    compile: bool = False  # torch.compile of the decoder layers in training passes; evaluation runs as it is
     num_workers: int = Field(default=0, ge=0)  # processes that tokenise ahead
     log_every: int = Field(default=10, gt=0)  # steps
     eval_every: int | None = Field(default=None, gt=0)  # steps between evaluation losses; null: at each stage's end

@@ -15,6 +15,7 @@ import torch
 from loramoe_train.errors import DivergedError, Interrupted, SavedOnSignal
 from loramoe_train.training.checkpoint import Checkpoint
 from loramoe_train.training.checks import GradientCheck, check_sites_called, unmoved_experts
+from loramoe_train.training.compiling import compile_errors
 from loramoe_train.training.loss import LossHead
 from loramoe_train.training.memory import memory_errors, memory_gib
 from loramoe_train.training.metrics import Window
@@ -85,7 +86,8 @@ class StageRun:
             learning_rates = set_learning_rates(
                 self.optimizer, schedule_factor(self.run.trainer, plan, self.state.done)
             )
-            with memory_errors(f"stage {plan.name}, step {self.step_number + 1}"):
+            place = f"stage {plan.name}, step {self.step_number + 1}"
+            with memory_errors(place), compile_errors(place, self.run.trainer):
                 self.unread.append(step(self.state.done, micro_batches, stop=self._stop_flags()))
                 self.state.done += 1
                 result = self._read_steps()
