@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from loramoe_train.experts.chosen import add_chosen
-from loramoe_train.experts.concatenated import add_experts, add_prepared
+from loramoe_train.experts.concatenated import add_experts
 from loramoe_train.experts.forms import Form, FormChoice, choose_form
 from loramoe_train.experts.grouped import add_grouped
 from loramoe_train.experts.shared import SeenInput
@@ -77,14 +77,14 @@ class ExpertBank(nn.Module):
 
     def add_to(self, y: Tensor, seen: SeenInput) -> Tensor:
         """y (..., O) plus the experts' weighted outputs, in place where y allows it."""
+        if seen.ready is not None:
+            return seen.ready.add_to(y)
         routing, hidden_NR = seen.routing, seen.hidden_NR
         if hidden_NR is None:
             stacked = (self.num_experts, self.ranks[0])
             down_ERD, up_ERO = self.down.unflatten(0, stacked), self.up.unflatten(0, stacked)
             return add_grouped(y, seen.x_ND, routing.chosen, down_ERD, up_ERO, self.scale_E, seen.kept, seen.dtype)
         weights_NE = None if seen.unweighted else routing.weights_NE
-        if seen.scaled:
-            return add_prepared(y, hidden_NR, weights_NE, self.up, self.expert_R)
         few = routing.chosen is not None and routing.chosen.experts_NK.shape[1] < self.num_experts
         if few and self.expert_R is None and not torch.compiler.is_compiling():
             return add_chosen(y, hidden_NR, routing.chosen, self.up, self.scale_E)

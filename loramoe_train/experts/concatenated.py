@@ -62,6 +62,14 @@ class Stacked:
     router_LD: Tensor | None
     rank_columns: int
 
+    def down_rows(self) -> Tensor:
+        """The downs alone."""
+        return self.down_RD if self.both is None else self.both[: self.rank_columns]
+
+    def router_rows(self) -> Tensor:
+        """The routers alone."""
+        return self.router_LD if self.both is None else self.both[self.rank_columns :]
+
 
 def stack(downs: Sequence[Tensor], routers: Sequence[Tensor], dtype: torch.dtype, *, dropout: bool) -> Stacked:
     """Put the factors together. Routers keep their own dtype, whatever `dtype` is, and never see dropout."""
@@ -211,17 +219,6 @@ def add_experts(
             gated_NR = gate(hidden_NR, weights_NE, scale_E, expert_R)
             return y + (gated_NR @ up_RO.to(hidden_NR.dtype)).view(y.shape).to(y.dtype)
     return _Expand.apply(own(y), hidden_NR, weights_NE, up_RO, scale_E, expert_R)
-
-
-def add_prepared(
-    y: Tensor, hidden_NR: Tensor, weights_NE: Tensor | None, up_RO: Tensor, expert_R: Tensor | None
-) -> Tensor:
-    """The same without gradient, `hidden` holding the scales already: the short way for decoding."""
-    y = y if y.is_contiguous() else y.contiguous()
-    with precise(y):
-        gated_NR = gate(hidden_NR, weights_NE, None, expert_R)
-        expand_onto(y.view(-1, up_RO.shape[1]), gated_NR, up_RO.to(hidden_NR.dtype))
-    return y
 
 
 def own(y: Tensor) -> Tensor:

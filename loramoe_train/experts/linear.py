@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from loramoe_train.experts.bank import ExpertBank
+from loramoe_train.experts.decoding import Ready
 from loramoe_train.experts.shared import SharedInput
 from loramoe_train.routing.context import RoutingContext
 from loramoe_train.routing.fixed import domain_routing, most_per_domain, uniform_weights
@@ -43,6 +44,8 @@ class ExpertLinear(nn.Module):
         if self.training and not self.context.is_open:
             raise RuntimeError(f"{self.site}: training forward outside `with context.open(tokens):`")
         seen = self.shared.see(self, x, y.dtype)
+        if type(seen) is Ready:
+            return seen.add_to(y)
         if torch.compiler.is_compiling():
             self.latest = seen.routing  # compiled code that knew the site's name would serve one layer alone
         else:

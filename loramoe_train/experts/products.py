@@ -37,6 +37,8 @@ def shrink(x_ND: Tensor, down_RD: Tensor) -> Tensor:
     """(N, R) = x down^T in the dtype of `down`."""
     if x_ND.dtype == down_RD.dtype:
         return x_ND @ down_RD.T
+    if _small(x_ND):
+        return x_ND.to(down_RD.dtype) @ down_RD.T
     out_NR = x_ND.new_empty(x_ND.shape[0], down_RD.shape[0], dtype=down_RD.dtype)
     for rows in _blocks(x_ND):
         torch.mm(x_ND[rows].to(down_RD.dtype), down_RD.T, out=out_NR[rows])
@@ -47,6 +49,8 @@ def correlate(g_NR: Tensor, x_ND: Tensor) -> Tensor:
     """(R, D) = g^T x in the dtype of `g`: the gradient of a factor."""
     if x_ND.dtype == g_NR.dtype:
         return g_NR.T @ x_ND
+    if _small(x_ND):
+        return g_NR.T @ x_ND.to(g_NR.dtype)
     out_RD = g_NR.new_zeros(g_NR.shape[1], x_ND.shape[1])
     for rows in _blocks(x_ND):
         out_RD.addmm_(g_NR[rows].T, x_ND[rows].to(g_NR.dtype))
@@ -57,6 +61,8 @@ def expand(g_NR: Tensor, up_RO: Tensor, dtype: torch.dtype) -> Tensor:
     """(N, O) = g up in `dtype`."""
     if dtype == up_RO.dtype:
         return g_NR @ up_RO
+    if g_NR.shape[0] * up_RO.shape[1] <= BLOCK_ELEMENTS:
+        return (g_NR @ up_RO).to(dtype)
     out_NO = g_NR.new_empty(g_NR.shape[0], up_RO.shape[1], dtype=dtype)
     for rows in _blocks(out_NO):
         out_NO[rows] = g_NR[rows] @ up_RO
@@ -68,8 +74,16 @@ def expand_onto(y_NO: Tensor, g_NR: Tensor, up_RO: Tensor) -> None:
     if y_NO.dtype == up_RO.dtype:
         y_NO.addmm_(g_NR, up_RO)
         return
+    if _small(y_NO):
+        y_NO.add_(g_NR @ up_RO)
+        return
     for rows in _blocks(y_NO):
         y_NO[rows] += g_NR[rows] @ up_RO
+
+
+def _small(wide_ND: Tensor) -> bool:
+    """Whether one block holds all of it."""
+    return wide_ND.numel() <= BLOCK_ELEMENTS
 
 
 def _blocks(wide_ND: Tensor) -> Iterator[slice]:

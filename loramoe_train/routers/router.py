@@ -52,7 +52,9 @@ class Policy:
     def __call__(self, logits_NE: Tensor, normalise: Normalise) -> Routing:
         """Float32 weights, zero where an expert is not kept; differentiable where a weight depends on p."""
         if hasattr(self.select, "places"):
-            return self._weigh_few(logits_NE, normalise)
+            chosen = self.few(logits_NE, normalise)
+            w_NE = torch.zeros_like(logits_NE).scatter_(-1, chosen.experts_NK, chosen.weights_NK)
+            return Routing(w_NE, logits_NE, chosen)
         renormalise = self.weight == "renormalised"
         if getattr(self.select, "keeps_all", False):
             w_NE = normalised(logits_NE, normalise)
@@ -73,7 +75,8 @@ class Policy:
             w_NE = w_NE / w_NE.sum(dim=-1, keepdim=True) if renormalise else w_NE
         return Routing(w_NE, logits_NE)
 
-    def _weigh_few(self, logits_NE: Tensor, normalise: Normalise) -> Routing:
+    def few(self, logits_NE: Tensor, normalise: Normalise) -> Chosen:
+        """The experts that each token keeps, where `most` says how many."""
         with torch.no_grad():
             places_NK = self.select.places(logits_NE)  # in the order of the probabilities
         if self.weight == "unit":
@@ -85,8 +88,7 @@ class Policy:
             w_NK = w_NK / w_NK.sum(dim=-1, keepdim=True)
         else:
             w_NK = normalised(logits_NE, normalise).gather(-1, places_NK)
-        w_NE = torch.zeros_like(logits_NE).scatter_(-1, places_NK, w_NK)
-        return Routing(w_NE, logits_NE, Chosen(places_NK, w_NK))
+        return Chosen(places_NK, w_NK)
 
 
 def normalised(logits_NE: Tensor, how: Normalise) -> Tensor:
@@ -138,3 +140,9 @@ class Router(nn.Module):
         if self.temperature != 1.0:
             logits_NE = logits_NE / self.temperature
         return self.policies[self.training](logits_NE, self.normalise)
+
+    def few(self, logits_NE: Tensor) -> Chosen:
+        """What `decide` chooses, alone: for decoding. Only where `most` is not None."""
+        if self.temperature != 1.0:
+            logits_NE = logits_NE / self.temperature
+        return self.policies[self.training].few(logits_NE, self.normalise)

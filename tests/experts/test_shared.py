@@ -191,16 +191,16 @@ def test_evaluation_stacks_once_until_a_weight_changes():
     with torch.no_grad():
         for layer in layers:
             layer(x)
-        before = layers[0].shared._stacked[1]
+        ((_, before),) = layers[0].shared._ready.values()
         layers[0](x.clone())
-        assert layers[0].shared._stacked[1] is before
+        assert all(prepared is before for _, prepared in layers[0].shared._ready.values())
         layers[1].bank.down.mul_(2.0)
         twin[1].bank.down.mul_(2.0)
         y = x.clone()
         torch.testing.assert_close([layer(y) for layer in layers], [layer(y.clone()) for layer in twin])
-        assert layers[0].shared._stacked[1] is not before
+        assert all(prepared is not before for _, prepared in layers[0].shared._ready.values())
         layers.train()
-        assert layers[0].shared._stacked is None
+        assert not layers[0].shared._ready
 
 
 @pytest.mark.parametrize("fused", [True, False])
@@ -315,3 +315,37 @@ def test_a_model_that_cannot_be_tried_shares_nothing():
     model = nn.ModuleDict({"a": make_layers()[0]})
     layers = {"q": model["a"]}
     assert share_inputs(model, layers, layers["q"].context) == []
+
+
+@pytest.mark.parametrize("tokens", [1, 4, 7, 80])
+@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("mode", ["learned", "uniform"])
+def test_the_short_way_without_gradient_is_the_long_one(case, mode, tokens):
+    layers = make_layers(torch.float32, **CASES[case]).eval()
+    share(list(layers))
+    x = torch.randn(tokens, D)
+    with layers[0].context.override(mode):
+        long = [layer(x.clone()).detach() for layer in layers]
+        with torch.no_grad():
+            short = [layer(x) for layer in layers]
+            with layers[0].context.open(facts(tokens)) as records:
+                recorded = [layer(x) for layer in layers]
+    torch.testing.assert_close(short, long, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(recorded, long, rtol=1e-4, atol=1e-5)
+    assert set(records) == {"q", "k", "v"}
+
+
+@pytest.mark.parametrize("tokens", [1, 7])
+def test_few_tokens_of_a_half_precision_base_are_no_less_exact(tokens):
+    """One token is multiplied in float32, several in bfloat16: both are near the exact result."""
+    layers = make_layers(torch.float32).eval()
+    share(list(layers))
+    exact = copy.deepcopy(layers).double()
+    for layer, twin in zip(layers, exact, strict=True):
+        layer.base.to(torch.bfloat16)
+        twin.base.load_state_dict(layer.base.state_dict())
+    x = torch.randn(tokens, D).bfloat16()
+    with torch.no_grad():
+        for layer, twin in zip(layers, exact, strict=True):
+            y, wanted = layer(x), twin(x.double())
+            assert y.dtype == torch.bfloat16 and (y.double() - wanted).norm() / wanted.norm() < 1e-2
