@@ -108,7 +108,7 @@ class Site:
             self.step(layer)
             found = [self.run(layer), self.x.grad, *_gradients(layer, self.mixture).parts()]
             pairs = zip(found, wanted, strict=True)
-            errors[name] = max(float((a.detach().double().cpu() - b).norm() / b.norm()) for a, b in pairs)
+            errors[name] = max(((a.detach().double().cpu() - b).norm() / b.norm()).item() for a, b in pairs)
             if not errors[name] <= TOLERANCE[self.dtype]:
                 raise SystemExit(f"{name} does not compute what the twin computes: relative error {errors[name]:.1e}")
         return errors
