@@ -135,7 +135,9 @@ class _Shrink(torch.autograd.Function):
         ctx.save_for_backward(own_ND, mask_ND, *weights)
         kept = None if mask_ND is None else Kept(mask_ND, factor)
         stacked = stack(downs, routers, dtype, dropout=kept is not None)
-        return tuple(part.view_as(part) for part in shrink_stacked(x_ND, stacked, kept))
+        hidden_NR, logits_NL = shrink_stacked(x_ND, stacked, kept)
+        # a copy, for what keeps logits for backward would else keep all that the product gave
+        return hidden_NR.view_as(hidden_NR), logits_NL.clone(memory_format=torch.contiguous_format)
 
     @staticmethod
     @once_differentiable

@@ -41,7 +41,7 @@ class Policy:
     @property
     def most(self) -> int | None:
         """How many experts a token keeps where that is the same for all, and `Routing.chosen` holds them; else None."""
-        return self.select.top_k if hasattr(self.select, "places") else None
+        return self.select.top_k if hasattr(self.select, "best") else None
 
     def is_like(self, other: "Policy") -> bool:
         """Whether both take the same decision from the same probabilities."""
@@ -51,7 +51,7 @@ class Policy:
 
     def __call__(self, logits_NE: Tensor, normalise: Normalise) -> Routing:
         """Float32 weights, zero where an expert is not kept; differentiable where a weight depends on p."""
-        if hasattr(self.select, "places"):
+        if hasattr(self.select, "best"):
             chosen = self.few(logits_NE, normalise)
             w_NE = torch.zeros_like(logits_NE).scatter_(-1, chosen.experts_NK, chosen.weights_NK)
             return Routing(w_NE, logits_NE, chosen)
@@ -77,14 +77,13 @@ class Policy:
 
     def few(self, logits_NE: Tensor, normalise: Normalise) -> Chosen:
         """The experts that each token keeps, where `most` says how many."""
-        with torch.no_grad():
-            places_NK = self.select.places(logits_NE)  # in the order of the probabilities
+        best_NK, places_NK = self.select.best(logits_NE)  # in the order of the probabilities
         if self.weight == "unit":
             w_NK = logits_NE.new_ones(places_NK.shape)
         elif self.weight == "renormalised" and normalise == "softmax":
-            w_NK = logits_NE.gather(-1, places_NK).softmax(dim=-1)
+            w_NK = best_NK.softmax(dim=-1)
         elif self.weight == "renormalised":
-            w_NK = torch.sigmoid(logits_NE.gather(-1, places_NK))
+            w_NK = torch.sigmoid(best_NK)
             w_NK = w_NK / w_NK.sum(dim=-1, keepdim=True)
         else:
             w_NK = normalised(logits_NE, normalise).gather(-1, places_NK)

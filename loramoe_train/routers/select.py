@@ -1,7 +1,7 @@
 """Which experts a token keeps: functions of its probabilities, (N, E) -> bool (N, E).
 
 A selection that keeps equally many of every token, and looks at nothing but the order of its probabilities, offers
-`places` too: then the router weighs those few alone.
+`best` too: then the router weighs those few alone.
 """
 
 import torch
@@ -25,9 +25,10 @@ class TopK:
             raise ValueError(f"top_k must lie between 1 and the layer's {num_experts} experts, got {top_k}")
         self.top_k = top_k
 
-    def places(self, scores_NE: Tensor) -> Tensor:
-        """(N, K) int64: the experts kept. `scores_NE`: the probabilities, or what has the same order."""
-        return scores_NE.topk(self.top_k, dim=-1).indices
+    def best(self, scores_NE: Tensor) -> tuple[Tensor, Tensor]:
+        """(N, K) scores with gradient, and (N, K) int64 experts, of those kept. `scores_NE`: the probabilities, or what
+        has the same order."""
+        return scores_NE.topk(self.top_k, dim=-1)  # unlike gather it keeps no scores for backward
 
     def __call__(self, p_NE: Tensor) -> Tensor:
-        return torch.zeros_like(p_NE, dtype=torch.bool).scatter_(-1, self.places(p_NE), True)
+        return torch.zeros_like(p_NE, dtype=torch.bool).scatter_(-1, self.best(p_NE)[1], True)

@@ -349,3 +349,26 @@ def test_few_tokens_of_a_half_precision_base_are_no_less_exact(tokens):
         for layer, twin in zip(layers, exact, strict=True):
             y, wanted = layer(x), twin(x.double())
             assert y.dtype == torch.bfloat16 and (y.double() - wanted).norm() / wanted.norm() < 1e-2
+
+
+def test_what_is_kept_for_backward_does_not_grow_with_the_experts():
+    """Neither do logits drag along the narrow product that they were computed with."""
+    from torch.autograd.graph import saved_tensors_hooks
+
+    def kept(experts):
+        layers = make_layers(torch.float32, experts=experts, form="concatenated")
+        share(list(layers))
+        parameters = {p.untyped_storage().data_ptr() for p in layers.parameters()}
+        storages = {}
+
+        def pack(tensor):
+            storages[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+            return tensor
+
+        x = torch.randn(N, D, requires_grad=True)
+        with saved_tensors_hooks(pack, lambda t: t), layers[0].context.open(facts()):
+            outputs = [layer(x) for layer in layers]
+        del outputs
+        return sum(size for place, size in storages.items() if place not in parameters)
+
+    assert kept(64) - kept(8) < N * 4  # not one number per token
