@@ -212,7 +212,7 @@ def _arrangement(members: tuple[ExpertLinear, ...], tokens: int) -> Arrangement:
         asked,
         experts,
         alike and len(asked) > 1,
-        alike and len(asked) == len(shrunk) == len(members) and len(ranks) == 1,
+        alike and len(asked) == len(shrunk) == len(members) and len(ranks) == 1 and 0 not in ranks,
         all(member.most_experts() is not None for member in members),
         any(member.linear_score[1] is not None for member in asked),
     )
