@@ -100,6 +100,10 @@ class ExpertBank(nn.Module):
         start = sum(self.ranks[:expert])
         return slice(start, start + self.ranks[expert])
 
+    def active_parameters(self, experts: int) -> int:
+        """Scalars that a token goes through which has that many experts; of unequal ones the largest."""
+        return sum(sorted(self.ranks, reverse=True)[:experts]) * (self.d_in + self.d_out)
+
     def delta(self, expert: int) -> Tensor:
         """(O, D) float32: what one expert with weight 1 adds to the weight; for merging, export and tests."""
         own = self.rows(expert)
