@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from loramoe_train.errors import ConfigError, nearest
-from loramoe_train.experts.inject import inject, share_inputs, trainable_groups
+from loramoe_train.experts.inject import MakeBank, MakeRouter, inject, share_inputs, trainable_groups
 from loramoe_train.experts.linear import ExpertLinear
 from loramoe_train.experts.peft_folder import LoraAdapter, read_peft_folder
 from loramoe_train.experts.plan import ExpertSpec, plan_experts, plan_imported
@@ -21,7 +21,7 @@ from loramoe_train.parts import build_part, takes
 from loramoe_train.routing.context import RoutingContext
 from loramoe_train.schema.run import RunConfig
 from loramoe_train.training.parts import AuxTerm
-from loramoe_train.validation import check_layout
+from loramoe_train.validation import check_layout, domains_of
 
 
 @dataclass(frozen=True)
@@ -91,14 +91,29 @@ def attach(
     adapters: Sequence[LoraAdapter] = (),
 ) -> RoutedModel:
     """Wrap the planned sites. What is fresh is seeded by (seed, site), whatever else the layout holds."""
-    context, trusted = RoutingContext(num_domains), config.trusted_modules
+    context = RoutingContext(num_domains)
+    make_bank, make_router = _makers(config)
+    layers = inject(model, plan, make_bank=make_bank, make_router=make_router, context=context)
+    adapt_mixers(model, layers)
+    share_inputs(model, layers, context)
+    for expert, adapter in enumerate(adapters):
+        for name, pair in adapter.modules.items():
+            bank = layers[name].bank
+            with torch.no_grad():
+                bank.down[bank.rows(expert)] = pair.down.to(bank.down.device)
+                bank.up[bank.rows(expert)] = pair.up.T.to(bank.up.device)
+    return RoutedModel(model, context, dict(plan), layers)
+
+
+def _makers(config: RunConfig) -> tuple[MakeBank, MakeRouter]:
+    """How banks and routers are made. Random numbers depend on the seed and the site's name alone."""
 
     def make(part: dict[str, Any], key: str, spec: ExpertSpec, device: torch.device, **facts: Any) -> nn.Module:
         stays = device.type in ("meta", "cpu")  # a GPU's numbers would differ, so its parts are drawn on the CPU
         digest = hashlib.sha256(f"{config.seed}:{key}:{spec.site.name}".encode()).digest()
         generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "big") >> 1)
         facts = {**facts, "device": device if stays else "cpu", "generator": generator}
-        built = build_part(part, key, facts=facts, trusted=trusted)
+        built = build_part(part, key, facts=facts, trusted=config.trusted_modules)
         return built if stays else built.to(device)
 
     def make_bank(spec: ExpertSpec, device: torch.device) -> Any:
@@ -113,24 +128,29 @@ def attach(
         facts = {"d_in": spec.site.in_features, "num_experts": spec.num_experts, "top_k": spec.top_k}
         return make(config.router.make, "router.make", spec, device, **facts)
 
-    layers = inject(model, plan, make_bank=make_bank, make_router=make_router, context=context)
-    adapt_mixers(model, layers)
-    share_inputs(model, layers, context)
-    for expert, adapter in enumerate(adapters):
-        for name, pair in adapter.modules.items():
-            bank = layers[name].bank
-            with torch.no_grad():
-                bank.down[bank.rows(expert)] = pair.down.to(bank.down.device)
-                bank.up[bank.rows(expert)] = pair.up.T.to(bank.up.device)
-    return RoutedModel(model, context, dict(plan), layers)
+    return make_bank, make_router
 
 
 def build_aux(config: RunConfig, plan: Mapping[str, ExpertSpec]) -> dict[str, AuxTerm]:
-    """The configured auxiliary losses; those that count top-k shares get each site's own k."""
+    """The configured auxiliary losses, with the facts that they ask for; those that count top-k shares get each site's
+    own k. ConfigError where a loss does not fit the plan or the mixture."""
     terms = {}
     for name, term in config.aux_loss.items():
-        facts = {"top_k": {site: spec.top_k for site, spec in plan.items()}}
-        needed = facts if takes(term.make, "top_k", config.trusted_modules) else {}
-        loss = build_part(term.make, f"aux_loss.{name}.make", facts=needed, trusted=config.trusted_modules)
+        facts: dict[str, Any] = {"num_experts": {site: spec.num_experts for site, spec in plan.items()}}
+        facts |= {"tasks": tuple(config.data.tasks), "num_domains": len(domains_of(config))}
+        if takes(term.make, "top_k", config.trusted_modules):
+            facts["top_k"] = {site: spec.top_k for site, spec in plan.items()}
+        loss = build_part(term.make, f"aux_loss.{name}.make", facts=facts, trusted=config.trusted_modules)
         terms[name] = AuxTerm(name, term.weight, term.scope, loss)
     return terms
+
+
+def check_fit(config: RunConfig, plan: Mapping[str, ExpertSpec]) -> None:
+    """Make, without weights, one of every kind of router and bank in the plan, and the losses. ConfigError where a part
+    refuses its site."""
+    make_bank, make_router = _makers(config)
+    kinds = {(spec.ranks, spec.scales, spec.top_k): spec for spec in plan.values()}
+    for spec in kinds.values():
+        make_bank(spec, torch.device("meta"))
+        make_router(spec, torch.device("meta"))
+    build_aux(config, plan)

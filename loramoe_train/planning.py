@@ -9,7 +9,7 @@ from typing import Any
 from torch import nn
 
 from loramoe_train import footprint
-from loramoe_train.build import attach, plan_sites, read_adapters
+from loramoe_train.build import RoutedModel, attach, build_aux, plan_sites, read_adapters
 from loramoe_train.errors import LoramoeError
 from loramoe_train.experts.plan import ExpertSpec
 from loramoe_train.models import files_needed, meta_model
@@ -39,17 +39,15 @@ class Counts:
         return self.base + self.experts + self.routers
 
 
-def count_parameters(
-    config: RunConfig, model: nn.Module, plan: Mapping[str, ExpertSpec], routers: int, base: int
-) -> Counts:
-    """Count without weights. A token's active part is its top_k experts where selection is sparse, else all."""
-    experts = sum(spec.num_parameters for spec in plan.values())
-    by_kind: dict[str, int] = {}
-    active = routers
-    for spec in plan.values():
-        by_kind[spec.site.kind] = by_kind.get(spec.site.kind, 0) + spec.num_parameters
-        chosen = sorted(spec.ranks, reverse=True)[: spec.top_k or spec.num_experts]
-        active += sum(chosen) * (spec.site.in_features + spec.site.out_features)
+def count_parameters(config: RunConfig, routed: RoutedModel, base: int) -> Counts:
+    """Count what was attached. A token's active part is its top_k experts where selection is sparse, else all."""
+    routers = footprint.count(routed.groups["routers"].values())
+    experts, active, by_kind = 0, routers, {}
+    for site, spec in routed.plan.items():
+        bank = routed.layers[site].bank
+        own = footprint.count(bank.parameters())
+        experts, by_kind[spec.site.kind] = experts + own, by_kind.get(spec.site.kind, 0) + own
+        active += bank.active_parameters(spec.top_k or spec.num_experts)
     trains = {kind for stage in config.trainer.stages.values() for kind in stage.train}
     trained = (experts if "experts" in trains else 0) + (routers if "routers" in trains else 0)
     return Counts(base, experts, routers, trained, active, by_kind)
@@ -66,8 +64,8 @@ def make_counts(config: RunConfig) -> tuple[Counts, dict[str, ExpertSpec], nn.Mo
     adapters = read_adapters(config)
     plan = plan_sites(config, model, domains, adapters)
     routed = attach(config, model, plan, num_domains=len(domains))
-    routers = footprint.count(routed.groups["routers"].values())
-    return count_parameters(config, model, plan, routers, base), plan, model, bytes_of_base
+    build_aux(config, plan)  # a loss that does not fit the plan is told here, too
+    return count_parameters(config, routed, base), plan, model, bytes_of_base
 
 
 def print_plan(config: RunConfig, *, batch: int | None = None, sequence: int | None = None) -> None:

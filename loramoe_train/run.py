@@ -12,7 +12,7 @@ from accelerate import PartialState
 from accelerate.utils import broadcast_object_list, parse_flag_from_env
 from rich.console import Console
 
-from loramoe_train.build import RoutedModel, attach, build_aux, plan_sites, read_adapters
+from loramoe_train.build import RoutedModel, attach, build_aux, check_fit, plan_sites, read_adapters
 from loramoe_train.data.build import build_mixture, build_validation
 from loramoe_train.data.mixture import Mixture
 from loramoe_train.data.sampling import drawable
@@ -137,7 +137,8 @@ def prepare(config: RunConfig, settled: Settled, *, device: Any) -> Prepared:
 def build_routed(config: RunConfig, domains: Sequence[str], *, device: Any) -> RoutedModel:
     """The base model on `device` with the configured experts."""
     imported = read_adapters(config)
-    plan_sites(config, meta_model(config.model), domains, imported)  # a site that does not exist costs no loading
+    # a site that does not exist, or a part that does not fit its site, costs no loading
+    check_fit(config, plan_sites(config, meta_model(config.model), domains, imported))
     model = load_model(config.model, device=device)
     plan = plan_sites(config, model, domains, imported)
     return attach(config, model, plan, num_domains=len(domains), adapters=imported)

@@ -15,7 +15,7 @@ from loramoe_train.parts import check_part, takes
 from loramoe_train.schema.run import RunConfig
 
 ROUTER_FACTS = ("d_in", "num_experts", "top_k", "device", "generator")
-AUX_FACTS = ("top_k",)
+AUX_FACTS = ("top_k", "num_experts", "tasks", "num_domains")
 BANK_FACTS = ("d_in", "d_out", "ranks", "scales", "dropout", "device", "generator")
 
 

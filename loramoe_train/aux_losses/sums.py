@@ -7,7 +7,7 @@ by the global count.
 Legend: M sites of one group, N tokens, E experts.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Literal
@@ -15,6 +15,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from loramoe_train.routing.layers import layer_of
 from loramoe_train.routing.types import Routing, Tokens
 
 Mask = Literal["valid", "supervised"]
@@ -26,10 +27,27 @@ class Group:
 
     sites: tuple[str, ...]
     logits_MNE: Tensor  # float32
+    routings: tuple[Routing, ...]
+
+    @property
+    def p_MNE(self) -> Tensor:
+        """The probabilities: what a router says they are, else the softmax of its logits."""
+        if any(routing.p_NE is not None for routing in self.routings):
+            return torch.stack([_probabilities(routing) for routing in self.routings])
+        return self.logits_MNE.softmax(dim=-1)
+
+    @property
+    def kept_MNE(self) -> Tensor:
+        """1 where a token uses an expert."""
+        return torch.stack([routing.weights_NE.detach() for routing in self.routings]).gt(0).to(self.logits_MNE.dtype)
 
     @property
     def num_experts(self) -> int:
         return self.logits_MNE.shape[-1]
+
+
+def _probabilities(routing: Routing) -> Tensor:
+    return routing.logits_NE.softmax(dim=-1) if routing.p_NE is None else routing.p_NE
 
 
 def one_of(name: str, value: str, *allowed: str) -> str:
@@ -46,22 +64,43 @@ def token_mask(tokens: Tokens, which: str, records: Mapping[str, Routing]) -> Te
     return counted_N.to(torch.float32 if logits_NE is None else logits_NE.dtype)
 
 
-def grouped(records: Mapping[str, Routing]) -> list[Group]:
-    """The records by number of experts, sites in their order. Raises ValueError where a router scored nothing."""
-    by_experts: dict[int, list[str]] = {}
+def sites_by_experts(records: Mapping[str, Routing]) -> dict[int, list[str]]:
+    """Number of experts -> sites, all in order of first appearance. Raises ValueError where a router scored nothing."""
+    found: dict[int, list[str]] = {}
     for site, routing in records.items():
         if routing.logits_NE is None:
             raise ValueError(f"an auxiliary loss needs the logits of a router, but {site} has no learned routing here")
-        by_experts.setdefault(routing.logits_NE.shape[-1], []).append(site)
+        found.setdefault(routing.logits_NE.shape[-1], []).append(site)
+    return found
+
+
+def grouped(records: Mapping[str, Routing]) -> list[Group]:
+    """The records by number of experts, sites in their order. Raises ValueError where a router scored nothing."""
     return [
-        Group(tuple(sites), torch.stack([records[site].logits_NE for site in sites])) for sites in by_experts.values()
+        Group(
+            tuple(sites),
+            torch.stack([records[site].logits_NE for site in sites]),
+            tuple(records[site] for site in sites),
+        )
+        for sites in sites_by_experts(records).values()
     ]
 
 
 @lru_cache(maxsize=64)
-def _on_device(values: tuple[int, ...], device: torch.device) -> Tensor:
+def on_device(values: tuple[int, ...], device: torch.device) -> Tensor:
+    """The numbers as a tensor that is kept. Do not change it."""
     # kept: a small copy from the host would wait for all that the device has to do
     return torch.tensor(values, device=device)
+
+
+def top_k_hits(group: Group, top_k: int | Mapping[str, int]) -> tuple[Tensor, Tensor]:
+    """((M, N, E) 1 where the token has the expert among its site's top_k best, (M, 1) top_k); ties go to the first."""
+    order_MNE = group.logits_MNE.detach().argsort(dim=-1, descending=True, stable=True)
+    k_M = tuple(top_k if isinstance(top_k, int) else top_k[site] for site in group.sites)
+    k_M11 = on_device(k_M, order_MNE.device).view(-1, 1, 1)
+    places_E = torch.arange(group.num_experts, device=order_MNE.device)
+    chosen_MNE = (places_E < k_M11).to(group.logits_MNE.dtype).expand_as(order_MNE)
+    return torch.zeros_like(chosen_MNE).scatter_(-1, order_MNE, chosen_MNE), k_M11.view(-1, 1)
 
 
 def count_hits(groups: list[Group], top_k: int | Mapping[str, int], mask_N: Tensor) -> Tensor:
@@ -71,14 +110,8 @@ def count_hits(groups: list[Group], top_k: int | Mapping[str, int], mask_N: Tens
     counts = []
     with torch.no_grad():
         for group in groups:
-            order_MNE = group.logits_MNE.argsort(dim=-1, descending=True, stable=True)
-            k_M = tuple(top_k if isinstance(top_k, int) else top_k[site] for site in group.sites)
-            k_M11 = _on_device(k_M, order_MNE.device).view(-1, 1, 1)
-            chosen_MNE = (
-                (torch.arange(group.num_experts, device=order_MNE.device) < k_M11).to(mask_N.dtype).expand_as(order_MNE)
-            )
-            hits_MNE = torch.zeros_like(chosen_MNE).scatter_(-1, order_MNE, chosen_MNE)
-            counts.append((torch.einsum("mne,n->me", hits_MNE, mask_N) / k_M11.view(-1, 1)).flatten())
+            hits_MNE, k_M1 = top_k_hits(group, top_k)
+            counts.append((torch.einsum("mne,n->me", hits_MNE, mask_N) / k_M1).flatten())
     return torch.cat([*counts, mask_N.sum().view(1)])
 
 
@@ -93,3 +126,52 @@ def balance_sums(groups: list[Group], counted: Tensor, p_of: list[Tensor], mask_
         share_ME = counted[taken : taken + size].view(-1, group.num_experts) / tokens
         taken += size
         yield (torch.einsum("mne,n->me", p_MNE, mask_N) * share_ME).sum(dim=-1)
+
+
+# -- pools: sites whose tokens are taken together ----------------------------------------------------------------------
+
+
+def pools_of(sites: Iterable[str], pool: str) -> list[list[str]]:
+    """The sites of each pool, in order of first appearance. `pool`: site, layer, or anything else for one pool."""
+    key_of: dict[str, Callable[[str], str]] = {"site": str, "layer": layer_of}
+    found: dict[str, list[str]] = {}
+    for site in sites:
+        found.setdefault(key_of.get(pool, lambda _: "model")(site), []).append(site)
+    return list(found.values())
+
+
+def pooled(by_site: Mapping[str, Tensor], pool: str) -> list[Tensor]:
+    """For each pool the sum of its sites' tensors, whose last dimension is the expert. ValueError where they differ."""
+    summed = []
+    for sites in pools_of(by_site, pool):
+        check_alike({site: by_site[site].shape[-1] for site in sites}, pool)
+        summed.append(torch.stack([by_site[site] for site in sites]).sum(dim=0))
+    return summed
+
+
+def check_alike(num_experts: Mapping[str, int], pool: str) -> None:
+    """ValueError where sites of one pool have different numbers of experts, whose shares cannot be added."""
+    first = next(iter(num_experts))
+    for site, experts in num_experts.items():
+        if experts != num_experts[first]:
+            raise ValueError(
+                f"pool={pool} takes {first} with {num_experts[first]} experts together with {site} with {experts};"
+                " use pool=layer or pool=site, or the same number of experts in all layers"
+            )
+
+
+def check_pools(num_experts: Mapping[str, int] | None, pool: str) -> None:
+    """The same for all pools of a plan; nothing where the plan is not known."""
+    for sites in pools_of(num_experts or (), pool):
+        check_alike({site: num_experts[site] for site in sites}, pool)
+
+
+def by_sample(tokens: Tokens, mask_N: Tensor) -> Tensor:
+    """(samples, N) in the dtype of the mask: which masked token belongs to which example.
+
+    Raises ValueError where the batch does not tell its examples apart.
+    """
+    if tokens.sample_N is None:
+        raise ValueError("a loss over examples needs Tokens.sample_N, and this batch does not tell its examples apart")
+    numbers_B1 = torch.arange(tokens.num_samples, device=mask_N.device).view(-1, 1)
+    return (numbers_B1 == tokens.sample_N).to(mask_N.dtype) * mask_N

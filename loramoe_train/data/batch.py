@@ -37,11 +37,16 @@ class MixedBatch:
 
     def tokens(self) -> Tokens:
         """The flat facts for the routing context."""
+        segments_B1 = self.segment_ids.amax(dim=1, keepdim=True) + 1  # examples of each row: none where all is padding
+        first_B1 = segments_B1.cumsum(dim=0) - segments_B1
+        sample_BS = torch.where(self.segment_ids >= 0, self.segment_ids + first_B1, -1)
         return Tokens(
             valid_N=self.valid.reshape(-1),
             task_N=self.task_ids.reshape(-1),
             domain_N=self.domain_ids.reshape(-1),
             supervised_N=(self.labels != IGNORE).reshape(-1),
+            sample_N=sample_BS.reshape(-1),
+            num_samples=len(self.example_ids),
         )
 
     def num_supervised(self) -> int:

@@ -28,6 +28,8 @@ from loramoe_train.experts.shared import SeenInput
 class ExpertBank(nn.Module):
     """Stacked LoRA experts. A fresh bank (Kaiming down, zero up; as in PEFT) adds exactly nothing."""
 
+    down_per_expert = True  # else evaluation takes the same way as training: `decoding.py` reads factors by expert
+
     def __init__(
         self,
         d_in: int,
@@ -99,6 +101,10 @@ class ExpertBank(nn.Module):
         """Which rows of `down` and `up` belong to an expert."""
         start = sum(self.ranks[:expert])
         return slice(start, start + self.ranks[expert])
+
+    def active_parameters(self, experts: int) -> int:
+        """Scalars that a token goes through which has that many experts; of unequal ones the largest."""
+        return sum(sorted(self.ranks, reverse=True)[:experts]) * (self.d_in + self.d_out)
 
     def delta(self, expert: int) -> Tensor:
         """(O, D) float32: what one expert with weight 1 adds to the weight; for merging, export and tests."""

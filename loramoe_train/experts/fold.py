@@ -50,7 +50,10 @@ def fold(
         weights = route_weights(route, experts=spec.num_experts, domains=domains)
         factors = [weight * scale for weight, scale in zip(weights, spec.scales, strict=True)]
         factor_R = torch.tensor([f for f, rank in zip(factors, spec.ranks, strict=True) for _ in range(rank)])
-        used_R = factor_R != 0
-        down_RD, up_RO = tensors[f"{site}.bank.down"][used_R], tensors[f"{site}.bank.up"][used_R]
-        folded[site] = LoraFactors(down_RD, (up_RO * factor_R[used_R, None]).T)
+        down_RD, up_RO = tensors[f"{site}.bank.down"], tensors[f"{site}.bank.up"] * factor_R[:, None]
+        if len(down_RD) < len(up_RO):  # shared by all experts: their ups add up
+            folded[site] = LoraFactors(down_RD, up_RO.unflatten(0, (-1, len(down_RD))).sum(dim=0).T)
+        else:
+            used_R = factor_R != 0
+            folded[site] = LoraFactors(down_RD[used_R], up_RO[used_R].T)
     return folded

@@ -23,11 +23,6 @@ class ExpertSpec:
     def num_experts(self) -> int:
         return len(self.ranks)
 
-    @property
-    def num_parameters(self) -> int:
-        """Of the bank alone."""
-        return sum(self.ranks) * (self.site.in_features + self.site.out_features)
-
 
 def scale_of(rule: Scale, alpha: float, rank: int) -> float:
     """The factor on up @ down: alpha/r (LoRA), alpha/sqrt(r) (rsLoRA), or alpha itself."""

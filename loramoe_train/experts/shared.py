@@ -75,6 +75,7 @@ class Arrangement(NamedTuple):
     together: bool  # whether one decision serves those, of whom there are several
     alike: bool  # whether one would serve all members, in the concatenated form with experts of one rank
     bounded: bool  # whether a token has equally many of the experts, always
+    short: bool  # whether the short way of decoding is open to all members
     biased: bool  # whether any of those adds a bias to its logits
 
 
@@ -150,7 +151,7 @@ class SharedInput:
         dropout = max([member.bank.active_dropout for member in members]) if training else 0.0
         kept = draw(x_ND, dropout) if dropout > 0.0 else None
         # in training a pass without gradient must give the very numbers of the pass with gradient that follows it
-        if not (training or torch.is_grad_enabled() or torch.compiler.is_compiling()):
+        if plan.short and not (training or torch.is_grad_enabled() or torch.compiler.is_compiling()):
             return self._compute_ready(plan, x_ND, decoding_dtype(dtype, x_ND.shape[0], x.device))
         downs = [member.bank.down for member in plan.shrunk]
         routers = [member.linear_score[0] for member in plan.asked]
@@ -214,6 +215,7 @@ def _arrangement(members: tuple[ExpertLinear, ...], tokens: int) -> Arrangement:
         alike and len(asked) > 1,
         alike and len(asked) == len(shrunk) == len(members) and len(ranks) == 1 and 0 not in ranks,
         all(member.most_experts() is not None for member in members),
+        all(member.bank.down_per_expert for member in members),
         any(member.linear_score[1] is not None for member in asked),
     )
 

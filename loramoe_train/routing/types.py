@@ -24,6 +24,7 @@ class Routing:
     weights_NE: Tensor  # float32, 0 where a token does not use an expert
     logits_NE: Tensor | None = None  # float32, before normalising; None where nothing was scored
     chosen: Chosen | None = None  # the same weights by token; None where their number has no bound
+    p_NE: Tensor | None = None  # what a loss takes for the probabilities; None: the softmax of the logits
 
 
 @dataclass(frozen=True)
@@ -31,13 +32,17 @@ class Tokens:
     """What is known about the N tokens of a batch, row after row; padding is marked here and nowhere else.
 
     `valid` is the explicit token mask of the collator: never derived from token ids or from an attention mask.
-    `task` and `domain` are -1 on padding. `supervised` is true where the token at that position carries loss.
+    `task` and `domain` are -1 on padding. `supervised` is true where the token at that position carries loss. `sample`
+    numbers the examples of the batch from 0, -1 on padding; packed rows hold several.
     """
 
     valid_N: Tensor  # bool
     task_N: Tensor  # int64, index into the mixture's tasks
     domain_N: Tensor  # int64, index into the mixture's domains
     supervised_N: Tensor  # bool
+    sample_N: Tensor | None = None  # int64, in [0, num_samples); None where nobody told
+    num_samples: int = 0
 
     def to(self, device: torch.device) -> "Tokens":
-        return Tokens(*(field.to(device) for field in (self.valid_N, self.task_N, self.domain_N, self.supervised_N)))
+        moved = {name: value.to(device) for name, value in vars(self).items() if isinstance(value, Tensor)}
+        return Tokens(**{**vars(self), **moved})

@@ -39,6 +39,7 @@ class TrainerConfig(Strict):
     optimizer: Literal["adamw", "adamw_8bit"] = "adamw"
     lr: float = Field(default=2e-4, gt=0)  # of the experts
     router_lr: float | None = Field(default=None, gt=0)  # of the routers; null: lr
+    up_lr_ratio: float = Field(default=1.0, gt=0)  # learning rate of the experts' up factors over that of their down
     betas: tuple[float, float] = (0.9, 0.999)
     eps: float = Field(default=1e-8, gt=0)
     weight_decay: float = Field(default=0.0, ge=0)  # 0: an idle expert must not shrink

@@ -4,10 +4,12 @@ Every line has `kind`, `step` (optimizer steps taken in the run) and `stage`:
 
 | kind | further keys |
 |---|---|
-| train | loss, task_loss {task: nats}, aux {name: {raw, weighted}}, anchor, lr, grad_norm {group: norm}, timing |
+| train | loss, task_loss {task: nats}, aux {name: {raw, weighted, balanced}}, anchor, lr, grad_norm {group}, timing |
 | eval | loss, task_loss |
 | routing | sites {site: load, entropy, top_share, dead}, layers {layer: {task: share of each expert}} |
 | stage | the stage's summary |
+
+`balanced` is the raw value at perfectly even use of the experts, for the terms that have one.
 
 Losses of a `train` line are means over the steps since the line before, weighted by supervised tokens. All that depends
 on the clock or the machine stands under `timing`; the rest is the same in every run of the same configuration.

@@ -11,6 +11,7 @@ from loramoe_train.errors import ConfigError
 from loramoe_train.schema.trainer import TrainerConfig
 from loramoe_train.training.stages import StagePlan
 
+UP = ".bank.up"  # how the names of up factors end
 FUSED_DEVICES = ("cpu", "cuda", "xpu", "mps")  # where torch has the one-kernel AdamW
 
 
@@ -21,16 +22,23 @@ def build_optimizer(
 ) -> torch.optim.Optimizer:
     """AdamW with one parameter group per trained and non-empty group of `groups`; each carries its `name`.
 
+    With `trainer.up_lr_ratio` other than 1 the experts' up factors are a group of their own, `experts_up`, at that many
+    times the rate (LoRA+, arXiv 2402.12354).
+
     The group's `peak_lr` is the top of its schedule; `set_learning_rates` fills `lr` before every step.
 
     Raises:
         ConfigError: nothing to train, or `adamw_8bit` without bitsandbytes.
     """
-    peaks = {"experts": plan.lr, "routers": plan.router_lr}
+    peaks = {"experts": plan.lr, "experts_up": plan.lr * trainer.up_lr_ratio, "routers": plan.router_lr}
+    trained = {name: groups[name] for name in plan.train if groups.get(name)}
+    if trainer.up_lr_ratio != 1.0 and "experts" in trained:
+        ups = {name: p for name, p in trained["experts"].items() if name.endswith(UP)}
+        others = {name: p for name, p in trained["experts"].items() if name not in ups}
+        trained = {**trained, "experts": others, "experts_up": ups}
     entries = [
-        {"name": name, "params": list(groups[name].values()), "lr": peaks[name], "peak_lr": peaks[name]}
-        for name in plan.train
-        if groups.get(name)
+        {"name": name, "params": list(members.values()), "lr": peaks[name], "peak_lr": peaks[name]}
+        for name, members in trained.items()
     ]
     if not entries:
         raise ConfigError(

@@ -39,6 +39,11 @@ class AuxTerm:
     scope: Literal["step", "micro_batch"]
     loss: AuxLoss
 
+    @property
+    def balanced(self) -> float | None:
+        """The unweighted value at perfectly even use of the experts; None where the loss names none."""
+        return getattr(self.loss, "balanced", None)
+
 
 class StageData(Protocol):
     """The batches of one stage; step `s` is computable without the ones before it."""

@@ -10,7 +10,6 @@ task t of that token:
 Legend: N tokens, E experts of a site, T tasks, M sites with equally many experts, K = T * E + 2 sums of a site.
 """
 
-import re
 from collections.abc import Sequence
 from math import log
 from typing import Any
@@ -19,20 +18,13 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor
 
+from loramoe_train.routing.layers import layer_of
 from loramoe_train.routing.types import Tokens
 from loramoe_train.training.parts import Records
 
 DEAD_SHARE = 0.01  # of an even load: below it an expert counts as dead
 DIGITS = 5  # of the logged shares
 STACKED_ELEMENTS = 2**23  # weights held side by side at a time: 32 MiB in float32
-
-_LAYER = re.compile(r"^(.*?\.)?\d+(?=\.|$)")
-
-
-def layer_of(site: str) -> str:
-    """`model.layers.3.self_attn.q_proj` -> `model.layers.3`; a site outside numbered layers is its own layer."""
-    match = _LAYER.match(site)
-    return match.group(0) if match else site
 
 
 class RoutingStats:

@@ -27,6 +27,7 @@ from loramoe_train.training.optim import (
     set_learning_rates,
 )
 from loramoe_train.training.outcome import StepResult, Unread
+from loramoe_train.training.parts import AuxTerm
 from loramoe_train.training.routing_stats import RoutingStats
 from loramoe_train.training.run_state import RunState, StageState
 from loramoe_train.training.signals import StopSignals
@@ -224,8 +225,7 @@ class StageRun:
         self.state.last_losses = window.losses(run.parts.task_names)
         values: dict[str, Any] = dict(self.state.last_losses)
         if window.aux:
-            means = {name: total / window.steps for name, total in window.aux.items()}
-            values["aux"] = {n: {"raw": mean, "weighted": run.parts.aux[n].weight * mean} for n, mean in means.items()}
+            values["aux"] = {n: _aux_line(run.parts.aux[n], total / window.steps) for n, total in window.aux.items()}
         if self.plan.anchor > 0:
             mean = window.anchor / window.steps
             values["anchor"] = {"raw": mean, "weighted": self.plan.anchor * mean}
@@ -317,6 +317,11 @@ class StageRun:
         stored = checkpoint.tensors("anchors")
         self.anchors = {name: stored[name].to(self.run.accelerator.device) for name in self.anchors}
         self.run.restore_generators(checkpoint)
+
+
+def _aux_line(term: AuxTerm, mean: float) -> dict[str, float]:
+    line = {"raw": mean, "weighted": term.weight * mean}
+    return line if term.balanced is None else {**line, "balanced": term.balanced}
 
 
 def _due(done: int, every: int | None) -> bool:

@@ -5,26 +5,16 @@ import math
 import pytest
 import torch
 
+from loramoe_train.aux_losses.gate_supervision import GateSupervision
 from loramoe_train.aux_losses.load_balance import LoadBalance
+from loramoe_train.aux_losses.localized_balance import LocalizedBalance
+from loramoe_train.aux_losses.neg_log_mean import NegLogMean
 from loramoe_train.aux_losses.router_z import RouterZ
+from loramoe_train.aux_losses.routing_entropy import RoutingEntropy
 from loramoe_train.aux_losses.routing_specialization import RoutingSpecialization
 from loramoe_train.routing.types import Routing, Tokens
 from tests import reference
-
-
-def tokens_of(mask):
-    valid = torch.tensor(mask)
-    ids = torch.zeros(len(mask), dtype=torch.long)
-    return Tokens(valid, ids, ids, valid)
-
-
-def records_of(**logits):
-    return {name: Routing(value.softmax(-1), value) for name, value in logits.items()}
-
-
-def whole(loss, records, tokens):
-    return loss(records, tokens, loss.statistics(records, tokens))
-
+from tests.aux_losses.made import records_of, tokens_of, whole
 
 MASK = [True, True, False, True, True, False, True]
 
@@ -67,28 +57,44 @@ LOSSES = [
     LoadBalance(top_k=2),
     LoadBalance(top_k=2, factor="one", reduction="sum"),
     RouterZ(),
+    LoadBalance(top_k=2, pool="layer", share="per_token"),
+    LoadBalance(top_k=None, counts="mass", share="per_token", pool="model"),
+    LoadBalance(top_k=None, counts="kept", pool="model", reduction="sum"),
+    LoadBalance(top_k=1, factor="one", pool="sample"),
+    LocalizedBalance(delta=0.2, tasks=("one", "two")),
+    RoutingEntropy(),
+    RoutingEntropy(kind="renyi", order=2.0, normalised=False),
+    GateSupervision(num_domains=4),
+    NegLogMean(),
 ]
+every_loss = pytest.mark.parametrize("loss", LOSSES, ids=lambda loss: type(loss).__name__)
 
 
-@pytest.mark.parametrize("loss", LOSSES, ids=lambda loss: type(loss).__name__)
+@every_loss
 def test_padding_changes_nothing(loss):
     torch.manual_seed(0)
     logits = torch.randn(5, 4)
     padded = torch.cat([logits, 50 * torch.randn(9, 4)])
-    plain = whole(loss, records_of(a=logits), tokens_of([True] * 5))
-    torch.testing.assert_close(whole(loss, records_of(a=padded), tokens_of([True] * 5 + [False] * 9)), plain)
+    plain = whole(loss, records_of(a=logits), tokens_of([True] * 5, tasks=[0, 0, 1, 1, 1], samples=[0, 0, 1, 1, 1]))
+    tokens = tokens_of([True] * 5 + [False] * 9, tasks=[0, 0] + [1] * 12, samples=[0, 0] + [1] * 12)
+    torch.testing.assert_close(whole(loss, records_of(a=padded), tokens), plain)
 
 
-@pytest.mark.parametrize("loss", LOSSES, ids=lambda loss: type(loss).__name__)
+@every_loss
 def test_shares_add_up_to_the_loss_of_the_union(loss):
-    """Values and gradients, for parts of unequal size, one of them all padding."""
+    """Values and gradients, for parts of unequal size, one of them all padding; examples lie in one part each."""
     torch.manual_seed(0)
     logits = {s: torch.randn(12, 4, dtype=torch.float64, requires_grad=True) for s in ("a", "b")}
     mask = [True, False, True, True, True, True, False, False, False, True, True, True]
-    value = whole(loss, records_of(**logits), tokens_of(mask))
+    samples, tasks = [0, 0, 0, 1, 1, 2, 3, 3, 3, 4, 4, 4], [0, 0, 0, 1, 1, 1, 0, 0, 0, 1, 1, 1]
+    value = whole(loss, records_of(**logits), tokens_of(mask, tasks=tasks, samples=samples))
     grads = torch.autograd.grad(value, list(logits.values()))
-    cuts = [slice(0, 5), slice(5, 6), slice(6, 9), slice(9, 12)]
-    parts = [(records_of(**{s: v[c] for s, v in logits.items()}), tokens_of(mask[c])) for c in cuts]
+    parts = []
+    for c in (slice(0, 5), slice(5, 6), slice(6, 9), slice(9, 12)):
+        own = [sample - samples[c][0] for sample in samples[c]]
+        parts.append(
+            (records_of(**{s: v[c] for s, v in logits.items()}), tokens_of(mask[c], tasks=tasks[c], samples=own))
+        )
     summed = sum(loss.statistics(records, tokens) for records, tokens in parts)
     split = sum(loss(records, tokens, summed) for records, tokens in parts)
     torch.testing.assert_close(split, value)
@@ -99,7 +105,17 @@ def test_shares_add_up_to_the_loss_of_the_union(loss):
 def test_statistics_have_no_gradient():
     logits = torch.randn(4, 3, requires_grad=True)
     for loss in LOSSES:
-        assert not loss.statistics(records_of(a=logits), tokens_of([True] * 4)).requires_grad
+        tokens = tokens_of([True] * 4, samples=[0] * 4)
+        assert not loss.statistics(records_of(a=logits), tokens).requires_grad
+
+
+@every_loss
+def test_without_a_single_token_there_is_no_loss_and_no_nan(loss):
+    logits = torch.randn(4, 4, requires_grad=True)
+    value = whole(loss, records_of(a=logits), tokens_of([False] * 4, samples=[0] * 4))
+    assert value.item() == 0.0
+    (grad,) = torch.autograd.grad(value, logits)
+    assert torch.isfinite(grad).all()
 
 
 def test_load_balance_constants():

@@ -73,6 +73,17 @@ def test_groups_have_their_own_rates() -> None:
     assert all(g["fused"] for g in optimizer.param_groups)
 
 
+def test_up_factors_may_learn_faster() -> None:
+    """LoRA+: the groups of experts differ by the ratio; the routers keep theirs. Without a ratio nothing is split."""
+    config, plan = make_plan(up_lr_ratio=16.0)
+    members = groups()
+    optimizer = build_optimizer(config, plan, members)
+    assert set_learning_rates(optimizer, 1.0) == {"experts": 0.1, "experts_up": pytest.approx(1.6), "routers": 0.2}
+    by_name = {group["name"]: group["params"] for group in optimizer.param_groups}
+    assert by_name["experts"][0] is members["experts"]["s.bank.down"]
+    assert by_name["experts_up"][0] is members["experts"]["s.bank.up"]
+
+
 def test_nothing_to_train() -> None:
     config, plan = make_plan(train=("routers",))
     with pytest.raises(ConfigError, match=r"train is \['routers'\], but the model has no such parameters; it has: exp"):

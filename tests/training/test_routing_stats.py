@@ -9,7 +9,7 @@ from accelerate import Accelerator
 
 from loramoe_train.routing.types import Routing, Tokens
 from loramoe_train.training import routing_stats as module
-from loramoe_train.training.routing_stats import RoutingStats, layer_of
+from loramoe_train.training.routing_stats import RoutingStats
 
 TASKS = ("a", "b", "c")
 
@@ -137,12 +137,6 @@ def test_the_number_of_operations_does_not_grow_with_the_sites() -> None:
             stats.add(records, tokens)
         counts.append(len(calls))
     assert counts[0] == counts[1], calls
-
-
-def test_layers() -> None:
-    assert layer_of("model.layers.3.self_attn.q_proj") == "model.layers.3"
-    assert layer_of("backbone.layers.12.mixer.in_proj") == "backbone.layers.12"
-    assert layer_of("h.0") == "h.0" and layer_of("lm_head") == "lm_head"
 
 
 def test_sequence_routing_is_left_out() -> None:
