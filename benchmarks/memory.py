@@ -4,7 +4,7 @@
 
 Saved activations (`saved_mib`) are counted from the tensors that autograd keeps, so they are the same in every run. The
 peak is measured: every candidate takes three whole steps (forward, backward, fused AdamW) in a process of its own, and
-`peak_growth_mib` is how far its largest resident set lies above what it had when base, adapters and optimizer stood
+`peak_growth_mib` is how far its largest resident set lies above what it held when base, adapters and optimizer stood
 there. On a GPU it is the largest memory allocated by torch above the same point.
 """
 
@@ -13,6 +13,7 @@ import resource
 import subprocess
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -56,10 +57,19 @@ def child(model: str, dtype: str, name: str, tokens: int, device: str) -> dict[s
     candidate = build(name, base, Mixture())
     optimizer = torch.optim.AdamW(candidate.trained, lr=1e-4, fused=True) if candidate.trained else None
     ids = make_tokens(model, 2, tokens // 2, device=device)
-    before = _highest(device)
+    before = _now(device)
     for _ in range(3):
         step(candidate, optimizer, ids)
     return {"peak_growth_mib": _highest(device) - before, "before_mib": before}
+
+
+def _now(device: str) -> float:
+    """MiB held at present."""
+    if device == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+        return torch.cuda.memory_allocated() / MIB
+    pages = int(Path("/proc/self/statm").read_text().split()[1])
+    return pages * resource.getpagesize() / MIB
 
 
 def _highest(device: str) -> float:

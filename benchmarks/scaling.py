@@ -2,8 +2,10 @@
 
     python -m benchmarks.scaling [--quick] [--json FILE] [--plot PNG]
 
-One axis is varied at a time from SmolLM2-135M's width with 10 layers, 512 tokens and 8 experts of rank 8, top-2. For
-tokens and layers the exponent of a power law is fitted (1 is linear); for experts it is the time over that with 8.
+One axis is varied at a time from SmolLM2-135M's width with 5 layers, 512 tokens and 8 experts of rank 8, top-2. A
+curve is the best of the rounds at each place, for places are minutes apart and a median would show what else the
+machine did meanwhile. For tokens and layers the exponent of a power law is fitted (1 is linear); for experts it is the
+time over the base's, relative to that with 8.
 """
 
 import math
@@ -24,7 +26,7 @@ AXES: dict[str, tuple[int, ...]] = {
     "experts": (4, 8, 16, 32, 64, 128),
 }
 QUICK: dict[str, tuple[int, ...]] = {"tokens": (256, 512), "layers": (2, 5), "experts": (8, 64)}
-USUAL = {"tokens": 512, "layers": 10, "experts": 8}
+USUAL = {"tokens": 512, "layers": 5, "experts": 8}
 NAMES = ("base", "lora_active", "ours")
 
 
@@ -57,11 +59,15 @@ def summarise(curves: dict[str, dict[int, dict[str, Any]]]) -> dict[str, dict[st
         sizes = list(curves[axis])
         for name in NAMES:
             row = rows.setdefault(name, {})
-            row[f"exponent in {axis}"] = exponent(sizes, [curves[axis][size][name]["seconds"] for size in sizes])
+            row[f"exponent in {axis}"] = exponent(sizes, [curves[axis][size][name]["best_seconds"] for size in sizes])
     for size, found in curves["experts"].items():
-        # the base takes part in every point, so a slow moment of the machine does not show
-        rows["ours"][f"{size} experts"] = found["ours"]["to_base"] / curves["experts"][8]["ours"]["to_base"]
+        rows["ours"][f"{size} experts"] = to_base(found, "ours") / to_base(curves["experts"][8], "ours")
     return rows
+
+
+def to_base(found: dict[str, Any], name: str) -> float:
+    """Best time over the base's."""
+    return found[name]["best_seconds"] / found["base"]["best_seconds"]
 
 
 def plot(curves: dict[str, dict[int, dict[str, Any]]], file: Path, title: str) -> None:
@@ -76,8 +82,9 @@ def plot(curves: dict[str, dict[int, dict[str, Any]]], file: Path, title: str) -
     for panel, axis in zip(axes, AXES, strict=True):
         sizes = list(curves[axis])
         for name in NAMES:
-            key = "to_base" if axis == "experts" else "seconds"
-            panel.plot(sizes, [curves[axis][size][name][key] for size in sizes], marker="o", label=labels[name])
+            at = [curves[axis][size] for size in sizes]
+            values = [to_base(found, name) if axis == "experts" else found[name]["best_seconds"] for found in at]
+            panel.plot(sizes, values, marker="o", label=labels[name])
         panel.set_xlabel(axis)
         panel.set_ylabel("step time over the frozen base's" if axis == "experts" else "seconds per step")
         if axis == "experts":
@@ -101,7 +108,7 @@ def main(given: Sequence[str] | None = None) -> dict[str, Any]:
         dtype={"choices": ["float32", "bfloat16"], "default": "bfloat16"},
         plot={"type": Path, "help": "write the curves here"},
     )
-    rounds = options.rounds or (3 if options.quick else 7)
+    rounds = options.rounds or (3 if options.quick else 9)
     curves: dict[str, dict[int, dict[str, Any]]] = {}
     for axis, sizes in (QUICK if options.quick else AXES).items():
         curves[axis] = {}
@@ -110,7 +117,8 @@ def main(given: Sequence[str] | None = None) -> dict[str, Any]:
             found = point(options.model, getattr(torch, options.dtype), values, rounds=rounds, device=options.device)
             curves[axis][size] = found
         table(
-            f"{axis}: seconds", {str(s): {n: found[n]["seconds"] for n in NAMES} for s, found in curves[axis].items()}
+            f"{axis}: seconds",
+            {str(s): {n: found[n]["best_seconds"] for n in NAMES} for s, found in curves[axis].items()},
         )
     summary = summarise(curves)
     table("growth", summary)

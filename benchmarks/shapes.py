@@ -57,7 +57,12 @@ def make_base(shape: str, dtype: torch.dtype, *, layers: int | None = None, devi
         eos_token_id=None,
     )
     torch.manual_seed(0)
-    return LlamaForCausalLM(config).to(device=device, dtype=dtype).eval().requires_grad_(False)
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)  # a float32 model made first would be the peak of what is measured
+    try:
+        return LlamaForCausalLM(config).to(device=device).eval().requires_grad_(False)
+    finally:
+        torch.set_default_dtype(before)
 
 
 def make_tokens(shape: str, rows: int, length: int, *, device: str = "cpu", seed: int = 1) -> Tensor:

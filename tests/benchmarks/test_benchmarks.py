@@ -94,7 +94,7 @@ def test_saved_memory_grows_with_tokens(monkeypatch):
 @pytest.mark.slow
 def test_peak_memory_is_measured_in_a_process_of_its_own():
     found = memory.peak("tiny", "float32", "ours", 32, "cpu")
-    assert found["before_mib"] > 50 and found["peak_growth_mib"] >= 0
+    assert found["before_mib"] > 50 and found["peak_growth_mib"] > 0
 
 
 def test_saved_memory_counts_each_storage_once_and_no_parameter():
