@@ -37,6 +37,9 @@ class Policy:
     def __post_init__(self) -> None:
         if self.weight not in ("probability", "renormalised", "unit"):
             raise ValueError(f"weight must be probability, renormalised or unit, got '{self.weight}'")
+        # as text, once: compiled code takes a module's numbers for variables, and cannot compare those
+        select = repr(self.select) if isfunction(self.select) else f"{type(self.select)} {vars(self.select)}"
+        object.__setattr__(self, "_settings", f"{self.weight} {select}")
 
     @property
     def most(self) -> int | None:
@@ -45,9 +48,7 @@ class Policy:
 
     def is_like(self, other: "Policy") -> bool:
         """Whether both take the same decision from the same probabilities."""
-        one, two = self.select, other.select
-        same = one is two or (type(one) is type(two) and not isfunction(one) and vars(one) == vars(two))
-        return same and self.weight == other.weight
+        return self._settings == other._settings
 
     def __call__(self, logits_NE: Tensor, normalise: Normalise) -> Routing:
         """Float32 weights, zero where an expert is not kept; differentiable where a weight depends on p."""
