@@ -11,6 +11,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from benchmarks.shapes import Mixture, routed_config
+
 TASKS = ("gsm8k", "arc_easy", "arc_challenge", "sst2")
 SITES = ("q_proj", "k_proj", "v_proj", "o_proj")
 # `rows` is the number of examples in a forward pass (of a packed candidate: of rows); the rest are its own options
@@ -84,24 +86,10 @@ class Meter:
 
 
 def our_config(settings: Settings, **changes: Any) -> Any:
-    from hydra import compose, initialize_config_dir
-    from omegaconf import OmegaConf
-
-    from loramoe_train.cli import normalised, register
-    from loramoe_train.data.definitions import load_definitions
-    from loramoe_train.paths import CONFIGS
-    from loramoe_train.validation import validate
-
-    overrides = [
-        "model=smollm2_135m",
+    return routed_config(
+        Mixture(),
         f"model.path={settings.model}",
         f"model.dtype={settings.dtype}",
-        "experts.sites=[attn_in,attn_out]",
-        "experts.layout=8",
-        "experts.rank=8",
-        "experts.alpha=16",
-        "experts.dropout=0",
-        "router=topk",
         f"data.tasks=[{','.join(TASKS)}]",
         f"data.root={settings.data_root}",
         "data.sampling.strategy=equal",
@@ -116,13 +104,7 @@ def our_config(settings: Settings, **changes: Any) -> Any:
         f"trainer.mixed_precision={'bf16' if settings.autocast else 'no'}",
         "eval.enabled=false",
         *(f"{key}={value}" for key, value in changes.items()),
-    ]
-    register()
-    with initialize_config_dir(str(CONFIGS), version_base="1.3"):
-        composed = compose("train", normalised(overrides))
-    values = OmegaConf.to_container(composed, resolve=True, throw_on_missing=True)
-    values["data"]["definitions"] = load_definitions(values["data"]["tasks"], [CONFIGS / "data" / "task"])
-    return validate(values)
+    )
 
 
 class _MeteredStage:

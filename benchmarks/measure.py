@@ -87,7 +87,7 @@ def saved_mib(forward: Callable[[], Tensor], model: nn.Module) -> float:
 class CountOps(TorchDispatchMode):
     """Counts tensor operations, and those whose result sizes depend on data: on a GPU they wait for the device."""
 
-    DATA_DEPENDENT = ("nonzero", "_local_scalar_dense", "masked_select", "unique", "index.Tensor(bool)")
+    DATA_DEPENDENT = ("nonzero", "_local_scalar_dense", "masked_select", "repeat_interleave")
     FREE = ("view", "reshape", "t", "transpose", "detach", "unbind", "split", "unsqueeze", "select", "slice", "alias")
 
     def __init__(self) -> None:

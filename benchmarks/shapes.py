@@ -73,15 +73,7 @@ def make_tokens(shape: str, rows: int, length: int, *, device: str = "cpu", seed
 
 def routed_config(mixture: Mixture, *overrides: str) -> Any:
     """The composed config of `loramoe-train` for this mixture on q, k, v and o of a Llama."""
-    from hydra import compose, initialize_config_dir
-    from omegaconf import OmegaConf
-
-    from loramoe_train.cli import normalised, register
-    from loramoe_train.data.definitions import load_definitions
-    from loramoe_train.paths import CONFIGS
-    from loramoe_train.validation import validate
-
-    given = [
+    return composed(
         "model=smollm2_135m",
         "experts.sites=[attn_in,attn_out]",
         f"experts.layout={mixture.experts}",
@@ -91,10 +83,22 @@ def routed_config(mixture: Mixture, *overrides: str) -> Any:
         "router=topk",
         f"router.top_k={mixture.top_k}",
         *overrides,
-    ]
+    )
+
+
+def composed(*overrides: str) -> Any:
+    """The checked config that `loramoe-train` would make of these arguments."""
+    from hydra import compose, initialize_config_dir
+    from omegaconf import OmegaConf
+
+    from loramoe_train.cli import normalised, register
+    from loramoe_train.data.definitions import load_definitions
+    from loramoe_train.paths import CONFIGS
+    from loramoe_train.validation import validate
+
     register()
     with initialize_config_dir(str(CONFIGS), version_base="1.3"):
-        composed = compose("train", normalised(given))
-    values = OmegaConf.to_container(composed, resolve=True, throw_on_missing=True)
+        found = compose("train", normalised(list(overrides)))
+    values = OmegaConf.to_container(found, resolve=True, throw_on_missing=True)
     values["data"]["definitions"] = load_definitions(values["data"]["tasks"], [CONFIGS / "data" / "task"])
     return validate(values)

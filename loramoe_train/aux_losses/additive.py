@@ -17,6 +17,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
+from loramoe_train.aux_losses.sums import Mask, token_mask
 from loramoe_train.routing.types import Routing, Tokens
 
 
@@ -25,9 +26,11 @@ class AdditiveLoss(ABC):
 
     balanced: float | None = None  # the value at perfectly even use of the experts, where that is one number
 
-    @abstractmethod
+    mask: Mask = "valid"  # which tokens count
+
     def counts(self, records: Mapping[str, Routing], tokens: Tokens) -> Tensor:
         """(C,) float32 without gradient. The last entry weighs the evidence: how many tokens, examples, ..."""
+        return self.evidence(records, tokens).view(1)
 
     @abstractmethod
     def sums(self, records: Mapping[str, Routing], tokens: Tokens) -> Tensor:
@@ -53,6 +56,6 @@ class AdditiveLoss(ABC):
         part = self.evidence(records, tokens) / counts_C[-1].clamp(min=1.0)
         return total.detach() * part + (slope_K * (own_K - own_K.detach())).sum()
 
-    @abstractmethod
     def evidence(self, records: Mapping[str, Routing], tokens: Tokens) -> Tensor:
-        """Scalar: this micro-batch's last entry of `counts`, without the work for the others."""
+        """Scalar: this micro-batch's last entry of `counts`, without the work for the others: its masked tokens."""
+        return token_mask(tokens, self.mask, records).sum()

@@ -33,13 +33,6 @@ class GateSupervision(AdditiveLoss):
                 )
         self.mask = one_of("tokens", tokens, "valid", "supervised")
 
-    def counts(self, records: Mapping[str, Routing], tokens: Tokens) -> Tensor:
-        return self.evidence(records, tokens).view(1)
-
-    def evidence(self, records: Mapping[str, Routing], tokens: Tokens) -> Tensor:
-        """Masked tokens."""
-        return token_mask(tokens, self.mask, records).sum()
-
     def sums(self, records: Mapping[str, Routing], tokens: Tokens) -> Tensor:
         mask_N, total = token_mask(tokens, self.mask, records), []
         for group in grouped(records):

@@ -38,13 +38,6 @@ class NegLogMean(AdditiveLoss):
             sizes = [num_experts[sites[0]] for sites in pools_of(num_experts, self.pool)]
             self.balanced = sum(e * math.log(e) for e in sizes) / (len(sizes) if self.mean else 1)
 
-    def counts(self, records: Mapping[str, Routing], tokens: Tokens) -> Tensor:
-        return self.evidence(records, tokens).view(1)
-
-    def evidence(self, records: Mapping[str, Routing], tokens: Tokens) -> Tensor:
-        """Masked tokens."""
-        return token_mask(tokens, self.mask, records).sum()
-
     def sums(self, records: Mapping[str, Routing], tokens: Tokens) -> Tensor:
         """Probabilities of each pool and expert."""
         mask_N, by_site = token_mask(tokens, self.mask, records), {}

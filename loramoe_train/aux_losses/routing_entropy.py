@@ -28,13 +28,6 @@ class RoutingEntropy(AdditiveLoss):
         self.measure = normalised_entropy if normalised else entropy
         self.mask = one_of("tokens", tokens, "valid", "supervised")
 
-    def counts(self, records: Mapping[str, Routing], tokens: Tokens) -> Tensor:
-        return self.evidence(records, tokens).view(1)
-
-    def evidence(self, records: Mapping[str, Routing], tokens: Tokens) -> Tensor:
-        """Masked tokens."""
-        return token_mask(tokens, self.mask, records).sum()
-
     def sums(self, records: Mapping[str, Routing], tokens: Tokens) -> Tensor:
         mask_N = token_mask(tokens, self.mask, records)
         entropies = (self.measure(g.logits_MNE.log_softmax(dim=-1), self.kind, self.order) for g in grouped(records))

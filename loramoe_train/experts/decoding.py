@@ -4,7 +4,7 @@ Then a narrow product costs less than walking over modules and casting factors. 
 made once and kept until a factor changes: the factors of all layers that read an input one below the other, with the
 experts' scales multiplied in, and each layer's `up`, in the dtype of the products. The columns of all these layers are
 weighed in one operation. For a single token only the factors of its own experts are read: reading factors is what
-takes the time then, so one token costs the same with 8 experts and with 64.
+takes the time then. The routers' product alone still grows with the number of experts.
 
 Legend: N tokens, D in, O out, M layers that read the same input, E experts, K of a token, R rank columns of a layer, r
 of one expert.

@@ -11,8 +11,7 @@ How the pairs lie side by side is a `Layout`. On a GPU they are sorted without g
 that function calls one small product per expert, and most of the time is the call; there the pairs lie in blocks of
 equally many places, filled up with pairs of weight 0, and one batched product serves all. An expert with more pairs
 than a block has places gets several blocks, so skewed routing costs no more than balanced routing and a block per
-expert. Measured for 1,024 pairs, 64 experts of rank 8 at width 576: 1.8 ms in float32 and 5.3 ms in bfloat16 through
-`grouped_mm` for down, up and one correlation, against 0.8 and 0.4 ms in blocks.
+expert.
 
 Legend: N tokens, D in, O out, E experts, K experts of a token, R rank of one, P = N * K pairs, S places, T of them, B
 blocks.
