@@ -142,7 +142,9 @@ def stop_after(running: subprocess.Popen, run_dir: Path, steps: int, number: sig
     """Send a signal once the log holds `steps` steps; (exit code, standard error)."""
     log, deadline = run_dir / "metrics.jsonl", time.monotonic() + 120
     while not (log.is_file() and log.read_text().count('"kind": "train"') >= steps):
-        assert running.poll() is None and time.monotonic() < deadline, running.communicate()[1]
+        if running.poll() is not None or time.monotonic() > deadline:
+            running.kill()
+            pytest.fail(f"no {steps} steps in time: {running.communicate()[1]}")
         time.sleep(0.01)
     running.send_signal(number)
     _, stderr = running.communicate(timeout=120)

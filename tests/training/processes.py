@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 import tempfile
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,20 @@ def start_worker(options: dict[str, Any], *, processes: int = 1) -> subprocess.P
         stderr=subprocess.PIPE,
         text=True,
     )
+
+
+def read_until(worker: subprocess.Popen, line: str, *, timeout: float = 120) -> str:
+    """Read the standard output up to and with `line`; a worker that never says it is killed, and its words shown."""
+    said, deadline = "", threading.Timer(timeout, worker.kill)
+    deadline.start()
+    try:
+        for read in worker.stdout:
+            said += read
+            if read == f"{line}\n":
+                return said
+    finally:
+        deadline.cancel()
+    raise AssertionError(f"no line {line!r} within {timeout} s, but {said!r} and {worker.communicate()[1][-4000:]}")
 
 
 def run_worker(options: dict[str, Any], *, processes: int = 1) -> str:

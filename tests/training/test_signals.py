@@ -7,22 +7,16 @@ from pathlib import Path
 import pytest
 
 from loramoe_train.training.checkpoint import find_latest
-from tests.training.processes import run_worker, start_worker
+from tests.training.processes import read_until, run_worker, start_worker
 
 pytestmark = pytest.mark.slow
 
 
-def stop(options: dict, number: int, *, again: bool = False) -> tuple[int, str, str]:
+def stop(options: dict, number: int) -> tuple[int, str, str]:
     """Signal a run while it prepares its second step; returns exit code, output, errors."""
     worker = start_worker(options)
-    said = ""
-    for line in worker.stdout:
-        said += line
-        if line == "step 1\n":
-            worker.send_signal(number)
-            if again:
-                worker.send_signal(number)
-            break
+    said = read_until(worker, "step 1")
+    worker.send_signal(number)
     output, errors = worker.communicate(timeout=120)
     return worker.returncode, said + output, errors
 
@@ -54,7 +48,7 @@ def test_finish_the_step_save_and_leave(number: int, code: int, words: str, tmp_
 def test_a_second_ctrl_c(tmp_path: Path) -> None:
     """The step would take a minute."""
     worker = start_worker({"run_dir": str(tmp_path), "pause": 60.0})
-    assert worker.stdout.readline() == "step 0\n"
+    read_until(worker, "step 0")
     worker.send_signal(signal.SIGINT)
     with pytest.raises(Exception, match="timed out"):
         worker.wait(timeout=2)  # the first one is only noted

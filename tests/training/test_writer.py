@@ -19,7 +19,7 @@ from loramoe_train.training.parts import TrainingParts
 from loramoe_train.training.snapshot import snapshot
 from loramoe_train.training.writer import Writer
 from tests.training.harness import make_parts, make_trainer, train
-from tests.training.processes import start_worker
+from tests.training.processes import read_until, start_worker
 
 PATIENCE = 30.0  # seconds after which a test gives up; nothing waits so long where all is well
 ONE_STAGE = {"only": {"train": ["experts"], "routing": "by_domain", "steps": 4}}
@@ -179,10 +179,8 @@ def test_a_process_that_is_stopped_while_it_writes(number: int, code: int, tmp_p
     """Asked to stop it finishes both checkpoints; killed it leaves the former one."""
     trainer = {"checkpoint_every": 1, "keep": 10, "stages": ONE_STAGE}
     worker = start_worker({"run_dir": str(tmp_path), "trainer": trainer, "hold": 2, "pause": 0.2})
-    for line in worker.stdout:
-        if line == "writing 2\n":
-            worker.send_signal(number)
-            break
+    read_until(worker, "writing 2")
+    worker.send_signal(number)
     _, errors = worker.communicate(timeout=120)
     assert worker.returncode == code, errors
     latest = find_latest(tmp_path)

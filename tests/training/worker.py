@@ -5,6 +5,7 @@ final weights to `run_dir/weights.safetensors`.
 """
 
 import json
+import os
 import signal
 import sys
 import time
@@ -24,6 +25,11 @@ from loramoe_train.training.signals import StopSignals
 from tests.training.harness import double_parts, make_parts, make_trainer, train, weights
 
 
+def say(line: str) -> None:
+    """In one write: `print` makes two, and the thread that writes checkpoints talks beside the one that trains."""
+    os.write(sys.stdout.fileno(), f"{line}\n".encode())
+
+
 class Announced:
     """Stage data that says what it is asked for, and takes its time."""
 
@@ -32,7 +38,7 @@ class Announced:
 
     def steps(self, *, start: int, **which: int) -> Iterator[list]:
         for step, batches in enumerate(self.data.steps(start=start, **which), start):
-            print(f"step {step}", flush=True)
+            say(f"step {step}")
             time.sleep(self.pause)
             yield batches
 
@@ -43,7 +49,7 @@ def held(parts: TrainingParts, step: int) -> TrainingParts:
     def save_adapter(folder: Path, tensors: Mapping[str, Tensor]) -> None:
         if folder.name.startswith(f"step_{step:06d}"):
             (folder / "adapter.safetensors").write_bytes(b"half")
-            print(f"writing {step}", flush=True)
+            say(f"writing {step}")
             while not stopping():
                 time.sleep(0.05)
         parts.save_adapter(folder, tensors)
@@ -72,11 +78,11 @@ def main(options: dict[str, Any]) -> None:
         parts = held(parts, options["hold"])
     if options.get("listen"):
         # who listened before, as submitit does
-        signal.signal(signal.SIGUSR2, lambda *_: print("requeued", find_latest(run_dir).name, flush=True))
+        signal.signal(signal.SIGUSR2, lambda *_: say(f"requeued {find_latest(run_dir).name}"))
     resume = find_latest(run_dir) if options.get("resume") == "auto" else options.get("resume")
     train(parts, make_trainer(**options.get("trainer", {})), run_dir, resume=Path(resume) if resume else None)
     save_file(weights(parts), run_dir / "weights.safetensors")
-    print("done", flush=True)
+    say("done")
 
 
 if __name__ == "__main__":
