@@ -2,7 +2,6 @@
 
 import cProfile
 import pstats
-import resource
 import statistics
 import tempfile
 import time
@@ -61,6 +60,8 @@ class Meter:
 
     def result(self, settings: Settings, passes_of_step: list[int]) -> dict[str, Any]:
         """`begins` has one entry more than there are steps: the end of the last."""
+        from loramoe_train.training.memory import peak_resident  # imports torch, whose time belongs to the candidates
+
         ends = [sum(passes_of_step[: s + 1]) for s in range(len(passes_of_step))]
         steps = [self.passes[end - size : end] for end, size in zip(ends, passes_of_step, strict=True)]
         seconds = self.begins[-1] - self.begins[settings.warmup]
@@ -78,7 +79,7 @@ class Meter:
             "supervised_tokens_per_s": tokens_per_s * supervised / real,
             "useful_share": counted_real / counted_padded,
             "passes_per_step": statistics.mean(passes_of_step),
-            "peak_rss_mib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024,
+            "peak_rss_mib": peak_resident() / 2**20,
         }
 
 

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.candidates import Candidate, build, factors_of, sites_of
-from benchmarks.measure import arguments, finish, interleave, table, times
+from benchmarks.measure import DTYPE, arguments, dtypes, finish, interleave, table, times
 from benchmarks.shapes import Mixture, make_base, make_tokens
 from benchmarks.twin import TwinLinear
 
@@ -82,11 +82,12 @@ def main(given: Sequence[str] | None = None) -> dict[str, Any]:
         "generation",
         __doc__,
         given,
+        dtype=DTYPE,
         model={"choices": ["smollm2", "wide", "llama3_8b", "tiny"], "default": "smollm2"},
-        dtype={"choices": ["float32", "bfloat16"], "default": "bfloat16"},
         new={"type": int, "help": "tokens to generate"},
     )
-    mixture, dtype = Mixture(), getattr(torch, options.dtype)
+    name = dtypes(options)[-1]
+    mixture, dtype = Mixture(), getattr(torch, name)
     new, rounds = options.new or (24 if options.quick else 64), options.rounds or (5 if options.quick else 11)
     base = make_base(options.model, dtype, device=options.device)
     candidates = [make(name, base, mixture) for name in (QUICK if options.quick else NAMES)]
@@ -96,7 +97,7 @@ def main(given: Sequence[str] | None = None) -> dict[str, Any]:
         for candidate in candidates
         if candidate.name != "base"
     }
-    report: dict[str, Any] = {"model": options.model, "dtype": options.dtype, "new": new, "errors": errors}
+    report: dict[str, Any] = {"model": options.model, "dtype": name, "new": new, "errors": errors}
     for rows in (1, 8):
         ids = make_tokens(options.model, rows, PROMPT, device=options.device)
         calls = {candidate.name: (lambda c=candidate, i=ids: generate(c, i, new)) for candidate in candidates}
@@ -104,7 +105,7 @@ def main(given: Sequence[str] | None = None) -> dict[str, Any]:
         for row in found.values():
             row["tokens_per_s"] = rows * new / row["seconds"]
         report[f"batch_{rows}"] = found
-        table(f"{options.model}, {options.dtype}, batch {rows}, {PROMPT} + {new} tokens", found)
+        table(f"{options.model}, {name}, batch {rows}, {PROMPT} + {new} tokens", found)
     finish(report, options.json)
     return report
 

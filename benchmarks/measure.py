@@ -20,6 +20,8 @@ from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from loramoe_train.experts.products import multiplies_natively
+
 MIB = 2**20
 Samples = dict[str, list[float]]  # candidate -> seconds, one per round
 
@@ -114,6 +116,22 @@ def arguments(module: str, doc: str | None, given: Sequence[str] | None, **extra
     for name, options in extra.items():
         parser.add_argument(f"--{name.replace('_', '-')}", **options)
     return parser.parse_args(given)
+
+
+DTYPE = {"choices": ["float32", "bfloat16"], "help": "this one alone; default: those that the device can multiply"}
+
+
+def dtypes(options: argparse.Namespace) -> tuple[str, ...]:
+    """Which to measure, float32 first: `--dtype`, or both, but bfloat16 only where the device need not emulate it (at a
+    tenth of the speed, so that ratios would say nothing of the candidates)."""
+    if options.dtype:
+        return (options.dtype,)
+    native = multiplies_natively(torch.bfloat16, torch.device(options.device))
+    if not native:
+        print(
+            "bfloat16 is left out: this device has no instructions for it (--dtype bfloat16 measures it all the same)"
+        )
+    return ("float32", "bfloat16") if native else ("float32",)
 
 
 def machine() -> dict[str, Any]:

@@ -19,9 +19,10 @@ from typing import Any
 import torch
 
 from benchmarks.candidates import build
-from benchmarks.measure import MIB, arguments, finish, saved_mib, table
+from benchmarks.measure import DTYPE, MIB, arguments, dtypes, finish, saved_mib, table
 from benchmarks.shapes import Mixture, make_base, make_tokens
 from benchmarks.training_step import step
+from loramoe_train.training.memory import peak_resident
 
 NAMES = ("base", "lora_active", "lora_total", "lora_all", "loop", "dense_loop", "ours")
 QUICK = ("base", "lora_active", "loop", "ours")
@@ -75,7 +76,7 @@ def _now(device: str) -> float:
 def _highest(device: str) -> float:
     if device == "cuda":
         return torch.cuda.max_memory_allocated() / MIB
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    return peak_resident() / MIB
 
 
 def main(given: Sequence[str] | None = None) -> dict[str, Any]:
@@ -83,6 +84,7 @@ def main(given: Sequence[str] | None = None) -> dict[str, Any]:
         "memory",
         __doc__,
         given,
+        dtype=DTYPE,
         model={"choices": ["smollm2", "wide", "llama3_8b", "tiny"], "default": "smollm2"},
         child={"help": "for its own use"},
     )
@@ -91,12 +93,13 @@ def main(given: Sequence[str] | None = None) -> dict[str, Any]:
         return {}
     names, lengths = (QUICK, (256, 512)) if options.quick else (NAMES, (256, 512, 1024, 2048))
     report: dict[str, Any] = {"model": options.model, "saved_mib": {}, "peak": {}}
-    for dtype in ("float32", "bfloat16"):
+    measured = dtypes(options)
+    for dtype in measured:
         found = saved(options.model, getattr(torch, dtype), names, lengths, (8, 64))
         report["saved_mib"][dtype] = found
         table(f"saved activations in MiB, {options.model}, {dtype}", found)
     tokens = 512 if options.quick else 2048
-    for dtype in ("bfloat16",) if options.quick else ("float32", "bfloat16"):
+    for dtype in measured[-1:] if options.quick else measured:
         found = {name: peak(options.model, dtype, name, tokens, options.device) for name in names}
         floor = found["lora_active"]["peak_growth_mib"]
         for row in found.values():

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 from benchmarks.candidates import build
-from benchmarks.measure import arguments, finish, interleave, saved_mib, table, times
+from benchmarks.measure import DTYPE, arguments, dtypes, finish, interleave, saved_mib, table, times
 from benchmarks.shapes import Mixture, make_base, make_tokens
 from benchmarks.training_step import step
 
@@ -104,17 +104,18 @@ def main(given: Sequence[str] | None = None) -> dict[str, Any]:
         "scaling",
         __doc__,
         given,
+        dtype=DTYPE,
         model={"choices": ["smollm2", "wide", "llama3_8b", "tiny"], "default": "smollm2"},
-        dtype={"choices": ["float32", "bfloat16"], "default": "bfloat16"},
         plot={"type": Path, "help": "write the curves here"},
     )
     rounds = options.rounds or (3 if options.quick else 9)
+    dtype = dtypes(options)[-1]
     curves: dict[str, dict[int, dict[str, Any]]] = {}
     for axis, sizes in (QUICK if options.quick else AXES).items():
         curves[axis] = {}
         for size in sizes:
             values = {**USUAL, axis: size}
-            found = point(options.model, getattr(torch, options.dtype), values, rounds=rounds, device=options.device)
+            found = point(options.model, getattr(torch, dtype), values, rounds=rounds, device=options.device)
             curves[axis][size] = found
         table(
             f"{axis}: seconds",
@@ -123,8 +124,8 @@ def main(given: Sequence[str] | None = None) -> dict[str, Any]:
     summary = summarise(curves)
     table("growth", summary)
     if options.plot:
-        plot(curves, options.plot, f"{options.model} width, {options.dtype}, {options.device}")
-    report = {"model": options.model, "dtype": options.dtype, "curves": curves, "growth": summary}
+        plot(curves, options.plot, f"{options.model} width, {dtype}, {options.device}")
+    report = {"model": options.model, "dtype": dtype, "curves": curves, "growth": summary}
     finish(report, options.json)
     return report
 

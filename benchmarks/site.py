@@ -9,6 +9,7 @@ gradients before it is timed. `saved` is in units of the layer's input. The last
 """
 
 import itertools
+from argparse import Namespace
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -16,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks.candidates import Factors, LoopLinear, factors_of, tokens_of
-from benchmarks.measure import MIB, arguments, finish, interleave, saved_mib, table, times
+from benchmarks.measure import DTYPE, MIB, arguments, dtypes, finish, interleave, saved_mib, table, times
 from benchmarks.shapes import Mixture
 from benchmarks.twin import TwinLinear
 from loramoe_train.experts.bank import ExpertBank
@@ -27,6 +28,8 @@ from loramoe_train.routers.select import TopK
 from loramoe_train.routing.context import RoutingContext
 
 FORMS = ("concatenated", "grouped")
+MIXTURES = ((8, 8), (8, 16), (16, 8), (32, 8), (64, 8), (8, 64))  # experts, rank
+FEW_MIXTURES = ((8, 8), (64, 8))
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 3e-2}  # relative, of output and gradients
 MOST_EXPERTS_OF_A_DENSE_LOOP = 16  # beyond, it takes minutes
 
@@ -143,10 +146,12 @@ def measure(
     return {**sizes, "mixture": vars(mixture), "twin_errors": errors, "candidates": found}
 
 
-def settings(quick: bool, device: str) -> Iterator[tuple[int, torch.dtype, Mixture]]:
-    widths = (576, 2048) if device == "cpu" else (576, 2048, 4096)
-    for width, dtype in itertools.product(widths, (torch.float32, torch.bfloat16)):
-        for experts, rank in ((8, 8), (64, 8)) if quick else ((8, 8), (8, 16), (16, 8), (32, 8), (64, 8), (8, 64)):
+def settings(options: Namespace) -> Iterator[tuple[int, torch.dtype, Mixture]]:
+    widths = (576, 2048) if options.device == "cpu" else (576, 2048, 4096)
+    for width, dtype in itertools.product(widths, [getattr(torch, name) for name in dtypes(options)]):
+        for experts, rank in (
+            ((8, 8), (64, 8)) if options.quick else ((8, 8), (8, 16), (16, 8), (32, 8), (64, 8), (8, 64))
+        ):
             yield width, dtype, Mixture(experts, rank, 2, 2.0 * rank)
 
 
@@ -169,10 +174,10 @@ def summarise(results: Sequence[dict[str, Any]]) -> dict[str, Any]:
 
 
 def main(given: Sequence[str] | None = None) -> dict[str, Any]:
-    options = arguments("site", __doc__, given, tokens={"type": int, "default": 1024})
+    options = arguments("site", __doc__, given, dtype=DTYPE, tokens={"type": int, "default": 1024})
     rounds = options.rounds or (15 if options.quick else 31)
     results = []
-    for width, dtype, mixture in settings(options.quick, options.device):
+    for width, dtype, mixture in settings(options):
         names = ["base", "lora", "loop", "dense_loop", *FORMS]
         if mixture.experts > MOST_EXPERTS_OF_A_DENSE_LOOP:
             names.remove("dense_loop")

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from benchmarks.candidates import Candidate, build
-from benchmarks.measure import CountOps, arguments, finish, interleave, saved_mib, table, times
+from benchmarks.measure import DTYPE, CountOps, arguments, dtypes, finish, interleave, saved_mib, table, times
 from benchmarks.shapes import Mixture, make_base, make_tokens
 from benchmarks.twin import check
 
@@ -100,13 +100,14 @@ def main(given: Sequence[str] | None = None) -> dict[str, Any]:
         "training_step",
         __doc__,
         given,
+        dtype=DTYPE,
         model={"choices": ["smollm2", "wide", "llama3_8b", "tiny"]},
-        dtype={"choices": ["float32", "bfloat16"]},
         tokens={"type": int, "default": 512, "help": "in two rows"},
     )
-    settings = SETTINGS
+    measured = dtypes(options)
+    settings = [(model, dtype) for model, dtype in SETTINGS if dtype in measured]
     if options.model or options.dtype:
-        settings = ((options.model or "smollm2", options.dtype or "float32"),)
+        settings = [(options.model or "smollm2", measured[0])]
     rounds = options.rounds or (3 if options.quick else 9)
     results = []
     for model, dtype in settings:

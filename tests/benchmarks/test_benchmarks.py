@@ -5,7 +5,7 @@ import json
 import pytest
 import torch
 
-from benchmarks import generation, memory, scaling, site, training_step
+from benchmarks import generation, measure, memory, scaling, site, training_step
 from benchmarks.candidates import build
 from benchmarks.measure import CountOps, interleave, ratio, saved_mib, times
 from benchmarks.shapes import Mixture, make_base, make_tokens
@@ -58,7 +58,7 @@ def test_training_step(tmp_path):
 
 
 def test_site(monkeypatch):
-    monkeypatch.setattr(site, "settings", lambda quick, device: [(64, torch.float32, SMALL)])
+    monkeypatch.setattr(site, "settings", lambda options: [(64, torch.float32, SMALL)])
     report = site.main(["--rounds", "2", "--tokens", "80"])
     assert list(report["results"][0]["candidates"]) == ["base", "lora", "loop", "dense_loop", "concatenated", "grouped"]
     assert max(report["results"][0]["twin_errors"].values()) < 1e-5
@@ -115,3 +115,13 @@ def test_ratios_are_medians_of_pairs():
     order = []
     interleave({"a": lambda: order.append("a"), "b": lambda: order.append("b")}, rounds=2, warmup=1)
     assert order == ["a", "b", "a", "b", "b", "a"]
+
+
+def test_a_dtype_that_would_be_emulated_is_left_out_and_said(monkeypatch, capsys):
+    options = measure.arguments("x", None, [], dtype=measure.DTYPE)
+    for native, found in ((True, ("float32", "bfloat16")), (False, ("float32",))):
+        monkeypatch.setattr(measure, "multiplies_natively", lambda dtype, device, native=native: native)
+        assert measure.dtypes(options) == found
+        assert ("bfloat16 is left out" in capsys.readouterr().out) == (not native)
+    asked = measure.arguments("x", None, ["--dtype", "bfloat16"], dtype=measure.DTYPE)
+    assert measure.dtypes(asked) == ("bfloat16",)
