@@ -1,16 +1,19 @@
 """The composition root: from a `RunConfig` to a base model with routed experts and the losses on their routing."""
 
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from loramoe_train.errors import ConfigError, nearest
-from loramoe_train.experts.inject import MakeBank, MakeRouter, inject, share_inputs, trainable_groups
+from loramoe_train.experts.adapters import adapter_tensors
+from loramoe_train.experts.block import RoutedBlock
+from loramoe_train.experts.decisions import DecisionSpec, plan_decisions
+from loramoe_train.experts.inject import MakeBank, inject, share_inputs, trainable_groups, wrap_blocks
 from loramoe_train.experts.linear import ExpertLinear
 from loramoe_train.experts.peft_folder import LoraAdapter, read_peft_folder
 from loramoe_train.experts.plan import ExpertSpec, plan_experts, plan_imported
@@ -19,6 +22,7 @@ from loramoe_train.experts.ssm import adapt_mixers
 from loramoe_train.models import find_sites
 from loramoe_train.parts import build_part, takes
 from loramoe_train.routing.context import RoutingContext
+from loramoe_train.routing.seat import Seat
 from loramoe_train.schema.run import RunConfig
 from loramoe_train.training.parts import AuxTerm
 from loramoe_train.validation import check_layout, domains_of
@@ -31,11 +35,21 @@ class RoutedModel:
     model: nn.Module
     context: RoutingContext
     plan: dict[str, ExpertSpec]
-    layers: dict[str, ExpertLinear]
+    layers: dict[str, ExpertLinear]  # by site
+    blocks: dict[str, RoutedBlock]  # by module name: those that decide for several sites
 
     @property
     def groups(self) -> dict[str, dict[str, nn.Parameter]]:
-        return trainable_groups(self.layers)
+        return trainable_groups(self.layers, self.blocks)
+
+    @property
+    def recorded(self) -> list[str]:
+        """Names of the records of a pass: a site that follows another's decision has none."""
+        return [*(name for name, layer in self.layers.items() if layer.records), *self.blocks]
+
+    def tensors(self) -> dict[str, Tensor]:
+        """What an adapter stores; the model's own storage, not copies."""
+        return adapter_tensors(self.layers, self.blocks)
 
 
 def read_adapters(config: RunConfig) -> list[LoraAdapter]:
@@ -60,11 +74,37 @@ def plan_sites(
     num_layers = len(model.get_submodule(config.model.layers))
     counts, ranks, top_k = check_layout(config, num_layers, list(domains))
     experts = config.experts
+    if experts.plain is not None:
+        return _with_plain(config, model, sites, counts, ranks, top_k)
     if not adapters:
         return plan_experts(sites, counts=counts, ranks=ranks, top_k=top_k, alpha=experts.alpha, scale=experts.scale)
     _check_coverage(adapters, sites, experts.adapters)
     rank_of = [{name: pair.down.shape[0] for name, pair in adapter.modules.items()} for adapter in adapters]
     return plan_imported(sites, rank_of, top_k=top_k)
+
+
+def _with_plain(
+    config: RunConfig,
+    model: nn.Module,
+    sites: Sequence[Site],
+    counts: Sequence[int],
+    ranks: Sequence[int],
+    top_k: Sequence[int] | None,
+) -> dict[str, ExpertSpec]:
+    """A mixture and, on sites of its own, plain LoRA; in the model's order."""
+    experts, plain = config.experts, config.experts.plain
+    beside = find_sites(model, config.model.layers, config.model.sites, plain.sites)
+    both = sorted({site.name for site in sites} & {site.name for site in beside})
+    if both:
+        raise ConfigError(f"experts.plain.sites and experts.sites both select {both[0]}; a site carries one of them")
+    if experts.adapters:
+        raise ConfigError("experts.plain cannot stand beside experts.adapters; set experts.plain=null")
+    layers = len(counts)
+    plan = plan_experts(sites, counts=counts, ranks=ranks, top_k=top_k, alpha=experts.alpha, scale=experts.scale)
+    ones, own = [1] * layers, {"alpha": plain.alpha, "scale": experts.scale}
+    plan |= plan_experts(beside, counts=ones, ranks=[plain.rank] * layers, top_k=None, routed=False, **own)
+    order = find_sites(model, config.model.layers, config.model.sites, "all_linear")
+    return {site.name: plan[site.name] for site in order if site.name in plan}
 
 
 def _check_coverage(adapters: Sequence[LoraAdapter], sites: Sequence[Site], paths: Sequence[str]) -> None:
@@ -93,7 +133,21 @@ def attach(
     """Wrap the planned sites. What is fresh is seeded by (seed, site), whatever else the layout holds."""
     context = RoutingContext(num_domains)
     make_bank, make_router = _makers(config)
-    layers = inject(model, plan, make_bank=make_bank, make_router=make_router, context=context)
+    decisions = plan_decisions(plan, config.router.scope)
+    wide = [decision for decision in decisions.values() if decision.name not in plan]
+    device = next(model.parameters()).device
+    seats = {}
+    for decision in wide:
+        seats |= dict.fromkeys(decision.sites, Seat(decision.name, make_router(decision, device)))
+    layers = inject(
+        model,
+        plan,
+        make_bank=make_bank,
+        make_router=lambda spec, device: make_router(decisions[spec.site.name], device),
+        context=context,
+        seats=seats,
+    )
+    blocks = wrap_blocks(model, wide, seats, context)
     adapt_mixers(model, layers)
     share_inputs(model, layers, context)
     for expert, adapter in enumerate(adapters):
@@ -102,15 +156,15 @@ def attach(
             with torch.no_grad():
                 bank.down[bank.rows(expert)] = pair.down.to(bank.down.device)
                 bank.up[bank.rows(expert)] = pair.up.T.to(bank.up.device)
-    return RoutedModel(model, context, dict(plan), layers)
+    return RoutedModel(model, context, dict(plan), layers, blocks)
 
 
-def _makers(config: RunConfig) -> tuple[MakeBank, MakeRouter]:
+def _makers(config: RunConfig) -> tuple[MakeBank, Callable[[DecisionSpec, torch.device], nn.Module | None]]:
     """How banks and routers are made. Random numbers depend on the seed and the site's name alone."""
 
-    def make(part: dict[str, Any], key: str, spec: ExpertSpec, device: torch.device, **facts: Any) -> nn.Module:
+    def make(part: dict[str, Any], key: str, owner: str, device: torch.device, **facts: Any) -> nn.Module:
         stays = device.type in ("meta", "cpu")  # a GPU's numbers would differ, so its parts are drawn on the CPU
-        digest = hashlib.sha256(f"{config.seed}:{key}:{spec.site.name}".encode()).digest()
+        digest = hashlib.sha256(f"{config.seed}:{key}:{owner}".encode()).digest()
         generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "big") >> 1)
         facts = {**facts, "device": device if stays else "cpu", "generator": generator}
         built = build_part(part, key, facts=facts, trusted=config.trusted_modules)
@@ -120,13 +174,13 @@ def _makers(config: RunConfig) -> tuple[MakeBank, MakeRouter]:
         shape = {"d_in": spec.site.in_features, "d_out": spec.site.out_features}
         shape |= {"ranks": spec.ranks, "scales": spec.scales, "dropout": config.experts.dropout}
         shape |= {"form": config.experts.form}
-        return make(config.experts.make, "experts.make", spec, device, **shape)
+        return make(config.experts.make, "experts.make", spec.site.name, device, **shape)
 
-    def make_router(spec: ExpertSpec, device: torch.device) -> nn.Module | None:
+    def make_router(decision: DecisionSpec, device: torch.device) -> nn.Module | None:
         if config.router.make is None:
             return None
-        facts = {"d_in": spec.site.in_features, "num_experts": spec.num_experts, "top_k": spec.top_k}
-        return make(config.router.make, "router.make", spec, device, **facts)
+        facts = {"d_in": decision.d_in, "num_experts": decision.num_experts, "top_k": decision.top_k}
+        return make(config.router.make, "router.make", decision.name, device, **facts)
 
     return make_bank, make_router
 
@@ -134,12 +188,12 @@ def _makers(config: RunConfig) -> tuple[MakeBank, MakeRouter]:
 def build_aux(config: RunConfig, plan: Mapping[str, ExpertSpec]) -> dict[str, AuxTerm]:
     """The configured auxiliary losses, with the facts that they ask for; those that count top-k shares get each site's
     own k. ConfigError where a loss does not fit the plan or the mixture."""
-    terms = {}
+    terms, decisions = {}, plan_decisions(plan, config.router.scope)
     for name, term in config.aux_loss.items():
-        facts: dict[str, Any] = {"num_experts": {site: spec.num_experts for site, spec in plan.items()}}
+        facts: dict[str, Any] = {"num_experts": {name: decision.num_experts for name, decision in decisions.items()}}
         facts |= {"tasks": tuple(config.data.tasks), "num_domains": len(domains_of(config))}
         if takes(term.make, "top_k", config.trusted_modules):
-            facts["top_k"] = {site: spec.top_k for site, spec in plan.items()}
+            facts["top_k"] = {name: decision.top_k for name, decision in decisions.items()}
         loss = build_part(term.make, f"aux_loss.{name}.make", facts=facts, trusted=config.trusted_modules)
         terms[name] = AuxTerm(name, term.weight, term.scope, loss)
     return terms
@@ -152,5 +206,7 @@ def check_fit(config: RunConfig, plan: Mapping[str, ExpertSpec]) -> None:
     kinds = {(spec.ranks, spec.scales, spec.top_k): spec for spec in plan.values()}
     for spec in kinds.values():
         make_bank(spec, torch.device("meta"))
-        make_router(spec, torch.device("meta"))
+    deciding = {(d.num_experts, d.top_k, d.d_in): d for d in plan_decisions(plan, config.router.scope).values()}
+    for decision in deciding.values():
+        make_router(decision, torch.device("meta"))
     build_aux(config, plan)

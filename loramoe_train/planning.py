@@ -100,12 +100,13 @@ def _print_sites(console: Any, config: RunConfig, plan: Mapping[str, ExpertSpec]
         tail = spec.site.name.split(f".{spec.site.layer}.", 1)[-1]
         ranks = str(spec.ranks[0]) if len(set(spec.ranks)) == 1 else "/".join(map(str, spec.ranks))
         site = spec.site
-        return tail, site.kind, site.in_features, site.out_features, spec.num_experts, ranks, spec.top_k or "all"
+        sizes = site.in_features, site.out_features, spec.num_experts, ranks, spec.top_k or "all"
+        return tail, site.kind, *sizes, router if spec.routed else "none"
 
     ordered = sorted(plan.values(), key=lambda spec: (shape(spec)[0], spec.site.layer))
     for key, run in itertools.groupby(ordered, key=shape):
         layers = [spec.site.layer for spec in run]
-        table.add_row(_ranges(layers), *[str(v) for v in key], router)
+        table.add_row(_ranges(layers), *[str(v) for v in key])
     console.print(table)
 
 

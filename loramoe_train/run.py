@@ -95,7 +95,8 @@ def prepare(config: RunConfig, settled: Settled, *, device: Any) -> Prepared:
     stages = plan_stages(config.trainer, dict.fromkeys(config.trainer.stages, examples), aux_losses=config.aux_loss)
     routed = build_routed(config, list(mixture.domain_names), device=device)
     if config.trainer.compile:
-        compile_layers(routed.model.get_submodule(config.model.layers), routed.layers)
+        deciding = (*routed.layers.values(), *routed.blocks.values())
+        compile_layers(routed.model.get_submodule(config.model.layers), deciding)
     identity = base_identity(config.model)
     facts = _manifest_facts(config, mixture, identity)
 
@@ -120,12 +121,12 @@ def prepare(config: RunConfig, settled: Settled, *, device: Any) -> Prepared:
         model=routed.model,
         context=routed.context,
         groups=routed.groups,
-        sites=tuple(routed.plan),
+        sites=tuple(routed.recorded),
         aux=build_aux(config, routed.plan),
         stage_data=stage_data,
         validation=validation,
         task_names=mixture.task_names,
-        adapter_tensors=lambda: adapter_files.adapter_tensors(routed.layers),
+        adapter_tensors=lambda: routed.tensors,
         save_adapter=lambda folder, tensors: adapter_files.save_adapter(folder, tensors, routed.plan, facts),
         load_adapter=lambda folder: load_adapter(folder, routed, identity, key="resume"),
     )
@@ -157,7 +158,7 @@ def load_adapter(folder: Path, routed: RoutedModel, identity: dict[str, Any], *,
     manifest = adapter_files.read_manifest(folder)
     check_same_base(manifest["base"], identity, f"{key}={folder}")
     tensors = adapter_files.read_weights(folder, manifest)
-    adapter_files.load_weights(routed.layers, tensors, f"{key}={folder}")
+    adapter_files.load_weights(routed.tensors(), tensors, f"{key}={folder}")
 
 
 def evaluate_routed(

@@ -10,7 +10,6 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from loramoe_train.build import RoutedModel, attach, build_aux, plan_sites
 from loramoe_train.errors import ConfigError
 from loramoe_train.experts.adapters import (
-    adapter_tensors,
     load_weights,
     plan_of,
     read_manifest,
@@ -301,11 +300,11 @@ def test_saved_and_loaded_it_gives_the_same_logits(kind, tmp_path):
     ids = ids_of()
     with torch.no_grad():
         expected = model(ids, use_cache=False).logits
-    save_adapter(tmp_path, adapter_tensors(routed.layers), routed.plan, {"base": {}, "domains": DOMAINS})
+    save_adapter(tmp_path, routed.tensors(), routed.plan, {"base": {}, "domains": DOMAINS})
     manifest = read_manifest(tmp_path)
     assert plan_of(manifest) == routed.plan
     again = attach(config, MODELS[kind][0](), plan_of(manifest), num_domains=3)
-    load_weights(again.layers, read_weights(tmp_path, manifest), "x")
+    load_weights(again.tensors(), read_weights(tmp_path, manifest), "x")
     with torch.no_grad():
         assert torch.equal(again.model.eval()(ids, use_cache=False).logits, expected)
 

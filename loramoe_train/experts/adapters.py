@@ -1,38 +1,42 @@
 """Our adapter on disk: `adapter.safetensors` with every bank and router, and `adapter.json` to rebuild them from.
 
-Tensor names are `<site>.bank.down` (R, D), `<site>.bank.up` (R, O) and `<site>.router.*`, float32; a site's experts lie
-one below the other, with the ranks and scales in the manifest. The frozen base is never stored, only what
-identifies it. Reading is strict: another base, another layout, a missing or surplus tensor or a damaged file is an
-error with one line.
+Tensor names are `<site>.bank.down` (R, D), `<site>.bank.up` (R, O) and `<site>.router.*`, or `<block>.router.*` where a
+block decides for its sites; all float32. A site's experts lie one below the other, with the ranks and scales in the
+manifest. The frozen base is never stored, only what identifies it. Reading is strict: another base, another layout, a
+missing or surplus tensor or a damaged file is an error with one line.
 """
 
 from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from loramoe_train.errors import ConfigError, DataError, MissingFileError
+from loramoe_train.experts.block import RoutedBlock
 from loramoe_train.experts.linear import ExpertLinear
 from loramoe_train.experts.plan import ExpertSpec
 from loramoe_train.experts.sites import Site
 from loramoe_train.files import read_json, sha256, sync, write_json
 
 WEIGHTS, MANIFEST = "adapter.safetensors", "adapter.json"
-FORMAT, VERSION = "loramoe_train.adapter", 2
+FORMAT, VERSION = "loramoe_train.adapter", 3
 
 
-def adapter_tensors(layers: Mapping[str, ExpertLinear]) -> dict[str, Tensor]:
+def adapter_tensors(
+    layers: Mapping[str, ExpertLinear], blocks: Mapping[str, RoutedBlock] = MappingProxyType({})
+) -> dict[str, Tensor]:
     """Every stored tensor by name; the model's own storage, not copies."""
     found = {}
     for site, layer in layers.items():
         found.update({f"{site}.bank.{name}": p.detach() for name, p in layer.bank.named_parameters()})
-        if layer.router is not None:
-            found.update(
-                {f"{site}.router.{name}": t.detach() for name, t in layer.router.state_dict(keep_vars=True).items()}
-            )
+    for owner, module in (*layers.items(), *blocks.items()):
+        if module.router is not None:
+            state = module.router.state_dict(keep_vars=True)
+            found.update({f"{owner}.router.{name}": t.detach() for name, t in state.items()})
     return found
 
 
@@ -90,7 +94,9 @@ def plan_of(manifest: Mapping[str, Any]) -> dict[str, ExpertSpec]:
     try:
         for entry in manifest["sites"]:
             site = Site(**entry["site"])
-            plan[site.name] = ExpertSpec(site, tuple(entry["ranks"]), tuple(entry["scales"]), entry["top_k"])
+            plan[site.name] = ExpertSpec(
+                site, tuple(entry["ranks"]), tuple(entry["scales"]), entry["top_k"], entry["routed"]
+            )
     except (KeyError, TypeError) as error:
         raise DataError(f"{MANIFEST}: damaged list of sites ({error})") from error
     return plan
@@ -112,9 +118,8 @@ def read_weights(folder: Path, manifest: Mapping[str, Any]) -> dict[str, Tensor]
         raise DataError(f"{path} is damaged: {error}") from error
 
 
-def load_weights(layers: Mapping[str, ExpertLinear], tensors: Mapping[str, Tensor], source: str) -> None:
-    """Copy tensors into a routed model; names and shapes must agree exactly."""
-    wanted = adapter_tensors(layers)
+def load_weights(wanted: Mapping[str, Tensor], tensors: Mapping[str, Tensor], source: str) -> None:
+    """Copy tensors into those of a routed model (`adapter_tensors`); names and shapes must agree exactly."""
     missing, surplus = sorted(set(wanted) - set(tensors)), sorted(set(tensors) - set(wanted))
     if missing or surplus:
         what = f"lacks {missing[0]}" if missing else f"holds {surplus[0]}, which this model has not"

@@ -9,32 +9,35 @@ Passes in evaluation mode run as if nothing was compiled: generation's shapes gr
 around the compiled code (transformers puts it inside, from where a decision could not get out).
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable
 from functools import partial
 from typing import Any
 
 import torch
 from torch import nn
 
+from loramoe_train.experts.block import RoutedBlock
 from loramoe_train.experts.linear import ExpertLinear
 from loramoe_train.experts.products import multiplies_natively
 
 VARIANTS = 16  # of one layer: with and without gradient, first layer and others, one row and many, by stage
 
 
-def compile_layers(layers: nn.ModuleList, sites: Mapping[str, ExpertLinear], *, backend: str = "inductor") -> None:
+def compile_layers(
+    layers: nn.ModuleList, deciding: Iterable[ExpertLinear | RoutedBlock], *, backend: str = "inductor"
+) -> None:
     """Let every layer run compiled in training mode, in one graph, from its first call on.
 
     Args:
         layers: the decoder layers, with experts in place and activation checkpointing set up. Not compiled before.
-        sites: the routed linears of the model.
+        deciding: the modules of the model that take decisions and record them.
     """
     torch.compiler.assume_constant_result(multiplies_natively)  # asks the device, which cannot be traced
     options: dict[str, Any] = {"backend": backend, "fullgraph": True, "dynamic": True}
     if backend == "inductor":
         # dropout then draws what it draws uncompiled: the same masks in all passes of a step, whatever is fused in each
         options["options"] = {"fallback_random": True}
-    wrappers = {id(site) for site in sites.values()}
+    wrappers = {id(module) for module in deciding}
     for layer in layers:
         own = tuple(module for module in layer.modules() if id(module) in wrappers)
         layer.compile(**options, recompile_limit=VARIANTS * len(layers))
@@ -44,7 +47,9 @@ def compile_layers(layers: nn.ModuleList, sites: Mapping[str, ExpertLinear], *, 
 class _CompiledCall:
     """What a layer does when it is called."""
 
-    def __init__(self, layer: nn.Module, sites: tuple[ExpertLinear, ...], compiled: Callable[..., Any]) -> None:
+    def __init__(
+        self, layer: nn.Module, sites: tuple[ExpertLinear | RoutedBlock, ...], compiled: Callable[..., Any]
+    ) -> None:
         self.layer, self.sites, self.compiled = layer, sites, compiled
         self.checkpoint: Callable[..., Any] | None = None
         if getattr(layer, "gradient_checkpointing", False):

@@ -1,14 +1,18 @@
 """Put routed experts beside the planned linear layers: one pure walk that replaces modules and patches no method."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
+from types import MappingProxyType
 
 import torch
 from torch import Tensor, nn
 
 from loramoe_train.experts.bank import ExpertBank
+from loramoe_train.experts.block import RoutedBlock
+from loramoe_train.experts.decisions import DecisionSpec
 from loramoe_train.experts.linear import ExpertLinear, share
 from loramoe_train.experts.plan import ExpertSpec
 from loramoe_train.routing.context import RoutingContext
+from loramoe_train.routing.seat import Seat
 
 MakeBank = Callable[[ExpertSpec, torch.device], ExpertBank]
 MakeRouter = Callable[[ExpertSpec, torch.device], nn.Module | None]
@@ -21,8 +25,13 @@ def inject(
     make_bank: MakeBank,
     make_router: MakeRouter,
     context: RoutingContext,
+    seats: Mapping[str, Seat] = MappingProxyType({}),
 ) -> dict[str, ExpertLinear]:
     """Wrap every planned site of `model` in place and freeze everything else. Returns the wrappers by site name.
+
+    Args:
+        make_router: asked for the sites that decide for themselves.
+        seats: site -> where the decision lies that it follows.
 
     Raises ValueError for an empty plan or a site that is wrapped already, AttributeError for one that does not exist.
     """
@@ -37,11 +46,36 @@ def inject(
         if isinstance(base, ExpertLinear):
             raise ValueError(f"{name} carries experts already")
         device = next(base.parameters()).device
-        layer = ExpertLinear(base, make_bank(spec, device), make_router(spec, device), site=name, context=context)
+        seat = seats.get(name)
+        router = make_router(spec, device) if spec.routed and seat is None else None
+        bank = make_bank(spec, device)
+        layer = ExpertLinear(base, bank, router, site=name, context=context, seat=seat, records=spec.routed)
         layer.train(model.training)
         setattr(parent, attribute, layer)
         layers[name] = layer
     return layers
+
+
+def wrap_blocks(
+    model: nn.Module, decisions: Iterable[DecisionSpec], seats: Mapping[str, Seat], context: RoutingContext
+) -> dict[str, RoutedBlock]:
+    """Wrap in place the modules that decide for several sites; call it once their sites are wrapped.
+
+    Args:
+        seats: site -> where it finds its decision. The seats' routers become the blocks'.
+    """
+    blocks = {}
+    for decision in decisions:
+        parent_name, _, attribute = decision.name.rpartition(".")
+        parent = model.get_submodule(parent_name)
+        seat = seats[decision.sites[0]]
+        block = RoutedBlock(
+            parent.get_submodule(attribute), seat=seat, num_experts=decision.num_experts, context=context
+        )
+        block.train(model.training)
+        setattr(parent, attribute, block)
+        blocks[decision.name] = block
+    return blocks
 
 
 def share_inputs(model: nn.Module, layers: Mapping[str, ExpertLinear], context: RoutingContext) -> list[list[str]]:
@@ -76,11 +110,14 @@ def share_inputs(model: nn.Module, layers: Mapping[str, ExpertLinear], context: 
     return groups
 
 
-def trainable_groups(layers: Mapping[str, ExpertLinear]) -> dict[str, dict[str, nn.Parameter]]:
-    """Parameters by kind, `experts` and `routers`, under their full names in the model."""
+def trainable_groups(
+    layers: Mapping[str, ExpertLinear], blocks: Mapping[str, RoutedBlock] = MappingProxyType({})
+) -> dict[str, dict[str, nn.Parameter]]:
+    """Parameters by kind, `experts` and `routers`, under the names of their sites and blocks."""
     groups: dict[str, dict[str, nn.Parameter]] = {"experts": {}, "routers": {}}
     for site, layer in layers.items():
         groups["experts"].update({f"{site}.bank.{name}": p for name, p in layer.bank.named_parameters()})
-        if layer.router is not None:
-            groups["routers"].update({f"{site}.router.{name}": p for name, p in layer.router.named_parameters()})
+    for owner, module in (*layers.items(), *blocks.items()):
+        if module.router is not None:
+            groups["routers"].update({f"{owner}.router.{name}": p for name, p in module.router.named_parameters()})
     return groups

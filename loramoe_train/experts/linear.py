@@ -13,7 +13,8 @@ from loramoe_train.experts.bank import ExpertBank
 from loramoe_train.experts.decoding import Ready
 from loramoe_train.experts.shared import SharedInput
 from loramoe_train.routing.context import RoutingContext
-from loramoe_train.routing.fixed import domain_routing, most_per_domain, uniform_weights
+from loramoe_train.routing.fixed import fixed_routing, most_per_domain
+from loramoe_train.routing.seat import Seat
 from loramoe_train.routing.types import Routing
 
 
@@ -21,11 +22,21 @@ class ExpertLinear(nn.Module):
     """Serves one site: asks for a routing decision, records it, adds the weighted experts to the base's output."""
 
     def __init__(
-        self, base: nn.Module, bank: ExpertBank, router: nn.Module | None, *, site: str, context: RoutingContext
+        self,
+        base: nn.Module,
+        bank: ExpertBank,
+        router: nn.Module | None,
+        *,
+        site: str,
+        context: RoutingContext,
+        seat: Seat | None = None,
+        records: bool = True,
     ) -> None:
+        """`seat`: where the decision of another module lies, which then records it. `records`: whether this one may."""
         super().__init__()
         self.base, self.bank, self.router = base, bank, router
-        self.site, self.context = site, context
+        self.site, self.context, self.seat = site, context, seat
+        self.records = records and seat is None
         self.shared, self.place = SharedInput([self]), 0  # `share` puts it together with others
         self.latest: Routing | None = None  # what compiled code decided, until it is recorded
 
@@ -46,7 +57,9 @@ class ExpertLinear(nn.Module):
         seen = self.shared.see(self, x, y.dtype)
         if type(seen) is Ready:
             return seen.add_to(y)
-        if torch.compiler.is_compiling():
+        if not self.records:
+            pass
+        elif torch.compiler.is_compiling():
             self.latest = seen.routing  # compiled code that knew the site's name would serve one layer alone
         else:
             self.context.record(self.site, seen.routing)
@@ -66,12 +79,14 @@ class ExpertLinear(nn.Module):
     @property
     def is_unweighted(self) -> bool:
         """Whether every expert has weight 1: nothing is routed here."""
-        return self.context.mode == "learned" and self.router is None
+        return self.context.mode == "learned" and self.router is None and self.seat is None
 
     def most_experts(self) -> int | None:
         """How many experts `Routing.chosen` will hold for each token in this mode; None where it is not made."""
         if self.context.mode == "by_domain":
             return most_per_domain(self.context.num_domains, self.bank.num_experts)
+        if self.seat is not None:
+            return getattr(self.seat.router, "most", None) if self.context.mode == "learned" else None
         return self._offer("most")
 
     def _offer(self, fact: str) -> Any:
@@ -80,12 +95,12 @@ class ExpertLinear(nn.Module):
 
     def decide(self, x_ND: Tensor) -> Routing:
         """The routing of the mode in force: learned, by domain, or uniform."""
+        if self.seat is not None:
+            return self.seat.take()
         experts = self.bank.num_experts
-        if self.context.mode == "by_domain":
-            tokens = self.context.tokens
-            return domain_routing(tokens.domain_N, self.context.num_domains, experts)
-        if self.context.mode == "uniform":
-            return Routing(uniform_weights(x_ND, experts))
+        fixed = fixed_routing(x_ND, experts, self.context)
+        if fixed is not None:
+            return fixed
         if self.router is None:
             return Routing(torch.ones(1, experts, dtype=torch.float32, device=x_ND.device).expand(x_ND.shape[0], -1))
         return self.router(x_ND, self.context)

@@ -18,6 +18,7 @@ class ExpertSpec:
     ranks: tuple[int, ...]  # one per expert
     scales: tuple[float, ...]  # factor on up @ down, one per expert
     top_k: int | None = None  # experts per token where selection is sparse
+    routed: bool = True  # False: plain LoRA beside a mixture, which no router weighs
 
     @property
     def num_experts(self) -> int:
@@ -39,6 +40,7 @@ def plan_experts(
     top_k: Sequence[int] | None,
     alpha: float,
     scale: Scale,
+    routed: bool = True,
 ) -> dict[str, ExpertSpec]:
     """Fresh experts at every site; `counts`, `ranks` and `top_k` are per layer. Layers with no expert are left out."""
     plan = {}
@@ -47,7 +49,7 @@ def plan_experts(
         if count:
             factor = scale_of(scale, alpha, rank)
             chosen = None if top_k is None else top_k[site.layer]
-            plan[site.name] = ExpertSpec(site, (rank,) * count, (factor,) * count, chosen)
+            plan[site.name] = ExpertSpec(site, (rank,) * count, (factor,) * count, chosen, routed)
     return plan
 
 

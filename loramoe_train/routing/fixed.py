@@ -8,6 +8,7 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
+from loramoe_train.routing.context import RoutingContext
 from loramoe_train.routing.types import Chosen, Routing
 
 
@@ -38,6 +39,13 @@ def domain_routing(domain_N: Tensor, num_domains: int, num_experts: int) -> Rout
     own_N, real_N1 = domain_N.clamp(min=0), (domain_N >= 0).unsqueeze(-1)
     chosen = Chosen(experts_GK[own_N], weights_GK[own_N] * real_N1)
     return Routing(table_GE[own_N] * real_N1, chosen=chosen)
+
+
+def fixed_routing(x_ND: Tensor, num_experts: int, context: RoutingContext) -> Routing | None:
+    """The decision of a mode that asks no router; None where a router is asked (mode `learned`)."""
+    if context.mode == "by_domain":
+        return domain_routing(context.tokens.domain_N, context.num_domains, num_experts)
+    return Routing(uniform_weights(x_ND, num_experts)) if context.mode == "uniform" else None
 
 
 def uniform_weights(x_ND: Tensor, num_experts: int) -> Tensor:

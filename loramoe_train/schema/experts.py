@@ -7,6 +7,14 @@ from pydantic import Field
 from loramoe_train.schema.base import Part, Strict
 
 
+class PlainConfig(Strict):
+    """Ordinary LoRA beside a mixture, on sites of its own: one expert each, which no router weighs."""
+
+    sites: str | list[str]
+    rank: int = Field(gt=0)
+    alpha: float = Field(gt=0)
+
+
 class ExpertsConfig(Strict):
     """The expert layout and the shape of one expert."""
 
@@ -17,6 +25,7 @@ class ExpertsConfig(Strict):
     dropout: float = Field(default=0.0, ge=0, lt=1)  # on the experts' input
     sites: str | list[str] = "all_linear"  # site kinds of the model group, module names, or all_linear
     form: Literal["auto", "concatenated", "grouped"] = "auto"  # how the experts are computed; the result is the same
+    plain: PlainConfig | None = None  # ordinary LoRA on other sites
     adapters: list[str] = Field(default_factory=list)  # PEFT LoRA folders that become the experts, in this order
     make: Part  # the bank that holds the experts of one site
 
@@ -24,7 +33,8 @@ class ExpertsConfig(Strict):
 class RouterConfig(Strict):
     """Who weighs the experts of a site for a token."""
 
-    scope: Literal["none", "site"] = "site"  # where one decision is taken: nowhere, or at every linear for itself
+    # where one decision is taken: nowhere, at every linear for itself, or once for all sites of a block (`mlp`)
+    scope: Literal["none", "site", "block"] = "site"
     top_k: int | list[int] | None = None  # experts per token where selection is sparse; one number, or one per layer
     make: Part | None = None  # null: every expert has weight 1 (plain LoRA when there is one)
 

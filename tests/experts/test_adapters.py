@@ -63,7 +63,7 @@ def test_round_trip(saved):
     manifest = read_manifest(folder)
     assert plan_of(manifest) == plan and manifest["base"] == {"name": "x"}
     fresh, _ = routed()
-    load_weights(fresh, read_weights(folder, manifest), "here")
+    load_weights(adapter_tensors(fresh), read_weights(folder, manifest), "here")
     for kind, group in trainable_groups(fresh).items():
         for name, parameter in group.items():
             assert torch.equal(parameter, trainable_groups(layers)[kind][name]), name
@@ -93,9 +93,9 @@ def test_another_layout_is_refused(saved):
     folder, _, _ = saved
     tensors = read_weights(folder, read_manifest(folder))
     with pytest.raises(ConfigError, match="shape .* the layouts differ"):
-        load_weights(routed(counts=(1, 2))[0], tensors, "init_from=x")
+        load_weights(adapter_tensors(routed(counts=(1, 2))[0]), tensors, "init_from=x")
     with pytest.raises(ConfigError, match="4 missing|lacks|holds"):
-        load_weights(routed(counts=(0, 3))[0], tensors, "init_from=x")
+        load_weights(adapter_tensors(routed(counts=(0, 3))[0]), tensors, "init_from=x")
 
 
 def test_a_flipped_byte_is_noticed(saved):
@@ -114,7 +114,7 @@ def test_a_value_that_is_not_finite_is_refused(saved):
     save_file(tensors, folder / WEIGHTS)
     manifest = read_manifest(folder) | {"weights_sha256": sha256(folder / WEIGHTS)}
     with pytest.raises(DataError, match="layers.0.a.bank.up .*not finite"):
-        load_weights(layers, read_weights(folder, manifest), "here")
+        load_weights(adapter_tensors(layers), read_weights(folder, manifest), "here")
 
 
 @pytest.mark.parametrize(

@@ -36,7 +36,7 @@ def compiled_and_not(recipe, folder, *overrides, backend="aot_eager", **changes)
         own = folder / str(number)
         own.mkdir()
         pair.append(make_routed(recipe, "llama", own, *overrides, **changes))
-    compile_layers(pair[1][0].model.model.layers, pair[1][0].layers, backend=backend)
+    compile_layers(pair[1][0].model.model.layers, pair[1][0].layers.values(), backend=backend)
     return pair
 
 
@@ -113,7 +113,7 @@ def test_with_checkpointing_around_it(backend, tmp_path):
     plain, config = make_routed(recipe, "llama", tmp_path)
     routed, _ = make_routed(recipe, "llama", tmp_path / "other")
     checkpoint_activations(routed.model)
-    compile_layers(routed.model.model.layers, routed.layers, backend=backend)
+    compile_layers(routed.model.model.layers, routed.layers.values(), backend=backend)
     runs = []
     call = routed.model.model.layers[0]._compiled_call_impl
     inner = call.compiled
@@ -145,7 +145,7 @@ def test_what_cannot_be_compiled_is_one_line():
             return x + 1
 
     layers = nn.ModuleList([Breaks()])
-    compile_layers(layers, {}, backend="eager")
+    compile_layers(layers, (), backend="eager")
     with (
         pytest.raises(ConfigError, match=r"stage a, step 1: trainer.compile=true .*set trainer.compile=false") as info,
         compile_errors("stage a, step 1", make_trainer(compile=True)),
