@@ -126,7 +126,7 @@ def prepare(config: RunConfig, settled: Settled, *, device: Any) -> Prepared:
         stage_data=stage_data,
         validation=validation,
         task_names=mixture.task_names,
-        adapter_tensors=lambda: routed.tensors,
+        adapter_tensors=routed.tensors,
         save_adapter=lambda folder, tensors: adapter_files.save_adapter(folder, tensors, routed.plan, facts),
         load_adapter=lambda folder: load_adapter(folder, routed, identity, key="resume"),
     )
