@@ -5,6 +5,8 @@
     kept   = select(p)                       all, the k largest, ...
     w      = p on the kept experts: as it is, divided by its sum, or 1
 
+With `jitter` the score sees, in training alone, each number of x times its own factor from U(1 - jitter, 1 + jitter).
+
 A token's weights depend on that token alone. LoRA-Mixer (arXiv 2507.00029): linear score, softmax; all experts while
 training, top-k renormalised at inference. MoLA, MixLoRA: top-k renormalised in both. LoRAMoE: all experts in both.
 
@@ -45,6 +47,12 @@ class Policy:
     def most(self) -> int | None:
         """How many experts a token keeps where that is the same for all, and `Routing.chosen` holds them; else None."""
         return self.select.top_k if hasattr(self.select, "best") else None
+
+    def sums_to_one(self, normalise: Normalise) -> bool:
+        """Whether the weights of every token do; a selection keeps at least one expert."""
+        if self.weight == "probability":
+            return normalise == "softmax" and getattr(self.select, "keeps_all", False)
+        return self.weight == "renormalised" or self.most == 1
 
     def is_like(self, other: "Policy") -> bool:
         """Whether both take the same decision from the same probabilities."""
@@ -107,24 +115,36 @@ class Router(nn.Module):
         evaluate: Policy,
         normalise: Normalise = "softmax",
         temperature: float = 1.0,
+        jitter: float = 0.0,
     ) -> None:
         super().__init__()
         if temperature <= 0:
             raise ValueError(f"temperature must be positive, got {temperature}")
+        if not 0.0 <= jitter < 1.0:
+            raise ValueError(f"jitter must lie in [0, 1), where 0 is none, got {jitter}")
         if normalise not in ("softmax", "sigmoid"):
             raise ValueError(f"normalise must be softmax or sigmoid, got '{normalise}'")
-        self.score, self.normalise, self.temperature = score, normalise, temperature
+        self.score, self.normalise, self.temperature, self.jitter = score, normalise, temperature, jitter
         self.policies = {True: train, False: evaluate}
 
     @property
     def linear_score(self) -> tuple[Tensor, Tensor | None] | None:
         """(weight (E, D), bias) where the logits before the temperature are a linear map of the input in float32."""
-        return self.score.linear if hasattr(self.score, "linear") else None
+        return self.score.linear if hasattr(self.score, "linear") and not self._jitters else None
 
     @property
     def most(self) -> int | None:
         """See `Policy.most`; of the present mode."""
         return self.policies[self.training].most
+
+    @property
+    def sums_to_one(self) -> bool:
+        """Whether the weights of every token do, in training and in evaluation."""
+        return all(policy.sums_to_one(self.normalise) for policy in self.policies.values())
+
+    @property
+    def _jitters(self) -> bool:
+        return self.training and self.jitter > 0.0
 
     def is_like(self, other: nn.Module) -> bool:
         """Whether both make the same weights of the same logits, so that they can be asked together."""
@@ -133,6 +153,10 @@ class Router(nn.Module):
         return all(self.policies[mode].is_like(other.policies[mode]) for mode in self.policies)
 
     def forward(self, x_ND: Tensor, context: RoutingContext) -> Routing:
+        if self._jitters:
+            # torch's own generator, whose state a recomputation and the pass that collects statistics find again
+            x_ND = x_ND.to(torch.promote_types(x_ND.dtype, torch.float32))
+            x_ND = x_ND * torch.empty_like(x_ND).uniform_(1.0 - self.jitter, 1.0 + self.jitter)
         return self.decide(self.score(x_ND))
 
     def decide(self, logits_NE: Tensor) -> Routing:

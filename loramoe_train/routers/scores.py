@@ -11,8 +11,8 @@ from torch.nn import functional
 class LinearScore(nn.Module):
     """logits = W x (+ b), computed in float32.
 
-    `init` zeros starts at the uniform average of the experts (safe over imported adapters); normal draws N(0, std^2);
-    kaiming is the default of `nn.Linear`.
+    `init` zeros starts at the uniform average of the experts (safe over imported adapters); normal draws N(0, std^2)
+    and leaves the bias at zero; kaiming is the default of `nn.Linear`, bias included.
     """
 
     def __init__(
@@ -38,7 +38,8 @@ class LinearScore(nn.Module):
                 self.weight.normal_(0.0, std, generator=generator)
             else:
                 bound = 1.0 / math.sqrt(d_in)
-                self.weight.uniform_(-bound, bound, generator=generator)
+                for parameter in self.parameters():
+                    parameter.uniform_(-bound, bound, generator=generator)
 
     @property
     def linear(self) -> tuple[Tensor, Tensor | None]:

@@ -64,6 +64,32 @@ def test_temperature_divides_the_logits():
     torch.testing.assert_close(router(x, RoutingContext()).logits_NE, router.score(x) / 2.0)
 
 
+def test_jitter_scales_what_the_score_sees_in_training_alone():
+    policy = Policy(TopK(2, 4), "renormalised")
+    router = Router(score=LinearScore(3, 4, init="normal", std=1.0), train=policy, evaluate=policy, jitter=0.5)
+    x, context = torch.randn(200, 3), RoutingContext()
+    found = []
+    for _ in range(2):
+        torch.manual_seed(0)
+        found.append(router(x, context).logits_NE)
+    assert torch.equal(*found) and router.linear_score is None
+    torch.manual_seed(0)
+    factor = torch.empty(200, 3).uniform_(0.5, 1.5)
+    torch.testing.assert_close(found[0], router.score(x * factor))
+    assert factor.min() < 0.55 and factor.max() > 1.45
+    assert torch.equal(router.eval()(x, context).logits_NE, router.score(x)) and router.linear_score is not None
+
+
+def test_kaiming_draws_weight_and_bias_as_torch_does():
+    """Within the same bound and reaching for it: U(-1/sqrt(D), 1/sqrt(D)). The weight does not depend on the bias."""
+    own = {"init": "kaiming", "bias": True}
+    score = LinearScore(16, 2000, **own, generator=torch.Generator().manual_seed(0))
+    for parameter in score.parameters():
+        assert 0.245 < parameter.max() <= 0.25 and -0.25 <= parameter.min() < -0.245
+    alone = LinearScore(16, 2000, init="kaiming", generator=torch.Generator().manual_seed(0))
+    assert torch.equal(alone.weight, score.weight) and not LinearScore(16, 5, init="normal", bias=True).bias.any()
+
+
 @pytest.mark.parametrize(
     ("make", "message"),
     [
@@ -74,6 +100,7 @@ def test_temperature_divides_the_logits():
             "positive",
         ),
         (lambda: LinearScore(2, 2, init="ones"), "init must be"),
+        (lambda: Router(score=LinearScore(2, 2), train=Policy(All()), evaluate=Policy(All()), jitter=1.0), r"\[0, 1\)"),
     ],
 )
 def test_bad_values(make, message):
