@@ -13,6 +13,7 @@ from loramoe_train.errors import ConfigError, nearest
 from loramoe_train.experts.adapters import adapter_tensors
 from loramoe_train.experts.block import RoutedBlock
 from loramoe_train.experts.decisions import DecisionSpec, plan_decisions
+from loramoe_train.experts.feed_forward import FeedForward, check_bank, check_weights, describe
 from loramoe_train.experts.inject import MakeBank, inject, share_inputs, trainable_groups, wrap_blocks
 from loramoe_train.experts.linear import ExpertLinear
 from loramoe_train.experts.peft_folder import LoraAdapter, read_peft_folder
@@ -20,6 +21,7 @@ from loramoe_train.experts.plan import ExpertSpec, plan_experts, plan_imported
 from loramoe_train.experts.sites import Site
 from loramoe_train.experts.ssm import adapt_mixers
 from loramoe_train.models import find_sites
+from loramoe_train.models.sites import matches
 from loramoe_train.parts import build_part, takes
 from loramoe_train.routing.context import RoutingContext
 from loramoe_train.routing.seat import Seat
@@ -107,6 +109,23 @@ def _with_plain(
     return {site.name: plan[site.name] for site in order if site.name in plan}
 
 
+def feed_forwards(config: RunConfig, model: nn.Module, plan: Mapping[str, ExpertSpec]) -> dict[str, FeedForward]:
+    """The blocks whose whole copies are the experts, by name; none unless experts.mixing=output. `model` may be on the
+    meta device. ConfigError where the sites of a block are not those of a feed-forward block."""
+    if config.experts.mixing != "output":
+        return {}
+    order = config.model.sites.get("ffn", [])
+
+    def place(site: Site) -> int:
+        return next((number for number, pattern in enumerate(order) if matches(site.name, pattern)), len(order))
+
+    found = {}
+    for decision in plan_decisions(plan, config.router.scope).values():
+        sites = sorted((plan[name].site for name in decision.sites), key=place)
+        found[decision.name] = describe(decision.name, model.get_submodule(decision.name), sites)
+    return found
+
+
 def _check_coverage(adapters: Sequence[LoraAdapter], sites: Sequence[Site], paths: Sequence[str]) -> None:
     """Every module of every adapter must be a site of the right size: weights are never dropped without a word."""
     known = {site.name: site for site in sites}
@@ -135,6 +154,7 @@ def attach(
     make_bank, make_router = _makers(config)
     decisions = plan_decisions(plan, config.router.scope)
     wide = [decision for decision in decisions.values() if decision.name not in plan]
+    mixed = feed_forwards(config, model, plan)
     device = next(model.parameters()).device
     seats = {}
     for decision in wide:
@@ -147,7 +167,7 @@ def attach(
         context=context,
         seats=seats,
     )
-    blocks = wrap_blocks(model, wide, seats, context)
+    blocks = wrap_blocks(model, wide, seats, context, mixed)
     adapt_mixers(model, layers)
     share_inputs(model, layers, context)
     for expert, adapter in enumerate(adapters):
@@ -162,6 +182,8 @@ def attach(
 def _makers(config: RunConfig) -> tuple[MakeBank, Callable[[DecisionSpec, torch.device], nn.Module | None]]:
     """How banks and routers are made. Random numbers depend on the seed and the site's name alone."""
 
+    whole = config.experts.mixing == "output"
+
     def make(part: dict[str, Any], key: str, owner: str, device: torch.device, **facts: Any) -> nn.Module:
         stays = device.type in ("meta", "cpu")  # a GPU's numbers would differ, so its parts are drawn on the CPU
         digest = hashlib.sha256(f"{config.seed}:{key}:{owner}".encode()).digest()
@@ -174,13 +196,19 @@ def _makers(config: RunConfig) -> tuple[MakeBank, Callable[[DecisionSpec, torch.
         shape = {"d_in": spec.site.in_features, "d_out": spec.site.out_features}
         shape |= {"ranks": spec.ranks, "scales": spec.scales, "dropout": config.experts.dropout}
         shape |= {"form": config.experts.form}
-        return make(config.experts.make, "experts.make", spec.site.name, device, **shape)
+        bank = make(config.experts.make, "experts.make", spec.site.name, device, **shape)
+        if whole and spec.routed:
+            check_bank(bank)
+        return bank
 
     def make_router(decision: DecisionSpec, device: torch.device) -> nn.Module | None:
         if config.router.make is None:
             return None
         facts = {"d_in": decision.d_in, "num_experts": decision.num_experts, "top_k": decision.top_k}
-        return make(config.router.make, "router.make", decision.name, device, **facts)
+        router = make(config.router.make, "router.make", decision.name, device, **facts)
+        if whole:
+            check_weights(router)
+        return router
 
     return make_bank, make_router
 

@@ -32,7 +32,8 @@ def export(arguments: list[str]) -> Path:
             f"{folder} has routers, whose choice depends on the token: name a static route, such as"
             f" route=domain:{manifest['domains'][0]} or route=uniform"
         )
-    factors = fold(plan_of(manifest), tensors, route, domains=manifest["domains"])
+    whole = manifest["config"]["experts"].get("mixing") == "output"
+    factors = fold(plan_of(manifest), tensors, route, domains=manifest["domains"], whole_blocks=whole)
     base = manifest["config"]["model"]
     return write_peft_folder(
         target, factors, base_model=base.get("path") or base["name"], revision=base.get("revision")

@@ -12,7 +12,15 @@ from accelerate import PartialState
 from accelerate.utils import broadcast_object_list, parse_flag_from_env
 from rich.console import Console
 
-from loramoe_train.build import RoutedModel, attach, build_aux, check_fit, plan_sites, read_adapters
+from loramoe_train.build import (
+    RoutedModel,
+    attach,
+    build_aux,
+    check_fit,
+    feed_forwards,
+    plan_sites,
+    read_adapters,
+)
 from loramoe_train.data.build import build_mixture, build_validation
 from loramoe_train.data.mixture import Mixture
 from loramoe_train.data.sampling import drawable
@@ -21,6 +29,7 @@ from loramoe_train.evaluation.harness import compare
 from loramoe_train.evaluation.results import render_table, versions, write_results, write_samples
 from loramoe_train.experts import adapters as adapter_files
 from loramoe_train.experts.compiled import compile_layers
+from loramoe_train.experts.mixed_block import try_blocks
 from loramoe_train.models import base_identity, check_same_base, load_model, load_tokenizer, meta_model
 from loramoe_train.rundir import RESULTS, claim, default_run_dir, newest_checkpoint, released_on_failure
 from loramoe_train.schema.run import RunConfig
@@ -139,10 +148,15 @@ def build_routed(config: RunConfig, domains: Sequence[str], *, device: Any) -> R
     """The base model on `device` with the configured experts."""
     imported = read_adapters(config)
     # a site that does not exist, or a part that does not fit its site, costs no loading
-    check_fit(config, plan_sites(config, meta_model(config.model), domains, imported))
+    shapes = meta_model(config.model)
+    wanted = plan_sites(config, shapes, domains, imported)
+    feed_forwards(config, shapes, wanted)
+    check_fit(config, wanted)
     model = load_model(config.model, device=device)
     plan = plan_sites(config, model, domains, imported)
-    return attach(config, model, plan, num_domains=len(domains), adapters=imported)
+    routed = attach(config, model, plan, num_domains=len(domains), adapters=imported)
+    try_blocks(routed.blocks.values())
+    return routed
 
 
 def rebuild(config: RunConfig, folder: Path, manifest: dict[str, Any], *, device: Any) -> RoutedModel:

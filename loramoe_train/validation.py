@@ -79,6 +79,11 @@ def check_parts(config: RunConfig) -> None:
         raise ConfigError(
             f"router.scope={router.scope} and router.make contradict each other: scope none goes with make null"
         )
+    if config.experts.mixing == "output" and router.scope != "block":
+        raise ConfigError(
+            f"experts.mixing=output weighs whole feed-forward blocks, but router.scope={router.scope} does not decide"
+            " for those; set router.scope=block, or experts.mixing=delta"
+        )
     if router.make is not None:
         check_part(router.make, "router.make", facts=ROUTER_FACTS, trusted=trusted)
         if takes(router.make, "top_k", trusted) and router.top_k is None:

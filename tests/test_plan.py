@@ -29,6 +29,14 @@ def test_lora_r64_count_on_llama2():
     assert found.trained == found.active == 159_907_840 and found.base == 6_738_415_616
 
 
+def test_mixlora_count_on_llama2():
+    """Eight copies of rank 16 on gate, up and down, one pair on q, k, v and o, a router of 8 * 4096 per layer."""
+    found = counts("+recipe=mixlora", "model=llama2_7b")
+    copy, attention = 16 * 32 * 3 * (4096 + 11008), 16 * 32 * 4 * 2 * 4096
+    assert found.experts == 8 * copy + attention and found.routers == 32 * 8 * 4096
+    assert found.trained == 203_423_744 and found.active == 2 * copy + attention + found.routers
+
+
 @pytest.mark.parametrize("model", ["llama3_8b", "mistral_7b"])
 def test_lora_mixer_on_grouped_heads(model):
     """One q+k+v+o expert of rank 64 is 64 * 32 * (8192 + 5120 + 5120 + 8192); a router is 6 * 4096 per site."""

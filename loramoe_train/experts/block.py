@@ -33,10 +33,7 @@ class RoutedBlock(nn.Module):
         if self.context.mode == "off":
             return self.base(*args, **kwargs)
         routing = self.decide(args[0] if args else kwargs["hidden_states"])
-        if torch.compiler.is_compiling():
-            self.latest = routing
-        else:
-            self.context.record(self.site, routing)
+        self.record(routing)
         self.seat.put(routing)
         result = self.base(*args, **kwargs)
         self.seat.put(None)
@@ -48,6 +45,13 @@ class RoutedBlock(nn.Module):
             return super().__getattr__(name)
         except AttributeError:
             return getattr(super().__getattr__("base"), name)
+
+    def record(self, routing: Routing) -> None:
+        """Tell the context; compiled code leaves the decision here for whoever called it."""
+        if torch.compiler.is_compiling():
+            self.latest = routing
+        else:
+            self.context.record(self.site, routing)
 
     def decide(self, x: Tensor) -> Routing:
         """The routing of the tokens of x (..., D), row after row."""

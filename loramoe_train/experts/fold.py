@@ -2,7 +2,9 @@
 rank, `delta = sum_e w_e s_e up_e^T down_e = (rows of up, times w s)^T (rows of down)`, exactly.
 
 That serves what needs no router at inference: the expert of one domain (hard or task-gated routing), one expert, or the
-uniform average. The result is a plain PEFT folder that any program can merge or serve.
+uniform average. The result is a plain PEFT folder that any program can merge or serve. Plain LoRA beside a mixture goes
+along with every route. Of experts that are copies of whole blocks only one at a time is a LoRA: an activation stands
+between their factors.
 
 Legend: R sum of the ranks used, D in, O out.
 """
@@ -42,12 +44,27 @@ def route_weights(route: str, *, experts: int, domains: Sequence[str]) -> list[f
 
 
 def fold(
-    plan: Mapping[str, ExpertSpec], tensors: Mapping[str, Tensor], route: str, *, domains: Sequence[str]
+    plan: Mapping[str, ExpertSpec],
+    tensors: Mapping[str, Tensor],
+    route: str,
+    *,
+    domains: Sequence[str],
+    whole_blocks: bool = False,
 ) -> dict[str, LoraFactors]:
-    """Site -> one pair of factors. `tensors` are those of an adapter folder: `SITE.bank.down` and `SITE.bank.up`."""
+    """Site -> one pair of factors. `tensors` are those of an adapter folder: `SITE.bank.down` and `SITE.bank.up`.
+
+    `whole_blocks`: experts.mixing=output; raises ConfigError for a route that gives weight to several experts then.
+    """
     folded = {}
     for site, spec in plan.items():
-        weights = route_weights(route, experts=spec.num_experts, domains=domains)
+        weights = [1.0] * spec.num_experts
+        if spec.routed:
+            weights = route_weights(route, experts=spec.num_experts, domains=domains)
+            if whole_blocks and sorted(weights) != [0.0] * (spec.num_experts - 1) + [1.0]:
+                raise ConfigError(
+                    f"route={route} gives weight to several experts, but they are copies of whole blocks"
+                    " (experts.mixing=output), whose sum is no LoRA; name one of them, such as route=expert:0"
+                )
         factors = [weight * scale for weight, scale in zip(weights, spec.scales, strict=True)]
         factor_R = torch.tensor([f for f, rank in zip(factors, spec.ranks, strict=True) for _ in range(rank)])
         down_RD, up_RO = tensors[f"{site}.bank.down"], tensors[f"{site}.bank.up"] * factor_R[:, None]

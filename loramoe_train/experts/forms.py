@@ -5,7 +5,7 @@ token in vain, and the grouped form moves k rows of the site's width per token s
 proportional to tokens and width, so their ratio (E - k) r / k alone decides, against a constant of the device.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Literal
 
 import torch
@@ -19,7 +19,13 @@ BREAK_EVEN_ELSEWHERE = 256.0  # from arithmetic on memory traffic, not measured:
 
 
 def choose_form(
-    choice: FormChoice, *, ranks: Sequence[int], most: int | None, tokens: int, device: torch.device
+    choice: FormChoice,
+    *,
+    ranks: Sequence[int],
+    most: int | None,
+    tokens: int,
+    device: torch.device,
+    break_even: Mapping[str, float] = BREAK_EVEN,
 ) -> Form:
     """The form for one site. `most`: experts per token at most, None where any number may have a weight.
 
@@ -33,4 +39,4 @@ def choose_form(
     if tokens < FEWEST_TOKENS:
         return "concatenated"
     wasted = (len(ranks) - most) * ranks[0] / most
-    return "grouped" if wasted > BREAK_EVEN.get(device.type, BREAK_EVEN_ELSEWHERE) else "concatenated"
+    return "grouped" if wasted > break_even.get(device.type, BREAK_EVEN_ELSEWHERE) else "concatenated"

@@ -9,7 +9,9 @@ from torch import Tensor, nn
 from loramoe_train.experts.bank import ExpertBank
 from loramoe_train.experts.block import RoutedBlock
 from loramoe_train.experts.decisions import DecisionSpec
+from loramoe_train.experts.feed_forward import FeedForward
 from loramoe_train.experts.linear import ExpertLinear, share
+from loramoe_train.experts.mixed_block import MixedBlock
 from loramoe_train.experts.plan import ExpertSpec
 from loramoe_train.routing.context import RoutingContext
 from loramoe_train.routing.seat import Seat
@@ -57,21 +59,25 @@ def inject(
 
 
 def wrap_blocks(
-    model: nn.Module, decisions: Iterable[DecisionSpec], seats: Mapping[str, Seat], context: RoutingContext
+    model: nn.Module,
+    decisions: Iterable[DecisionSpec],
+    seats: Mapping[str, Seat],
+    context: RoutingContext,
+    mixed: Mapping[str, FeedForward] = MappingProxyType({}),
 ) -> dict[str, RoutedBlock]:
     """Wrap in place the modules that decide for several sites; call it once their sites are wrapped.
 
     Args:
         seats: site -> where it finds its decision. The seats' routers become the blocks'.
+        mixed: the blocks whose experts are whole copies of them.
     """
     blocks = {}
     for decision in decisions:
         parent_name, _, attribute = decision.name.rpartition(".")
         parent = model.get_submodule(parent_name)
-        seat = seats[decision.sites[0]]
-        block = RoutedBlock(
-            parent.get_submodule(attribute), seat=seat, num_experts=decision.num_experts, context=context
-        )
+        base, shape = parent.get_submodule(attribute), mixed.get(decision.name)
+        facts = {"seat": seats[decision.sites[0]], "num_experts": decision.num_experts, "context": context}
+        block = RoutedBlock(base, **facts) if shape is None else MixedBlock(base, shape=shape, **facts)
         block.train(model.training)
         setattr(parent, attribute, block)
         blocks[decision.name] = block

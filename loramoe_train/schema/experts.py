@@ -25,6 +25,8 @@ class ExpertsConfig(Strict):
     dropout: float = Field(default=0.0, ge=0, lt=1)  # on the experts' input
     sites: str | list[str] = "all_linear"  # site kinds of the model group, module names, or all_linear
     form: Literal["auto", "concatenated", "grouped"] = "auto"  # how the experts are computed; the result is the same
+    # what is weighed and added up: what an expert adds to a linear, or the outputs of whole feed-forward blocks
+    mixing: Literal["delta", "output"] = "delta"
     plain: PlainConfig | None = None  # ordinary LoRA on other sites
     adapters: list[str] = Field(default_factory=list)  # PEFT LoRA folders that become the experts, in this order
     make: Part  # the bank that holds the experts of one site

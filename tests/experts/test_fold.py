@@ -53,6 +53,24 @@ def test_each_domain(routed, tmp_path, number):
     assert rank == {4 if number == 0 else 2}
 
 
+def test_one_copy_of_whole_blocks_and_the_plain_lora_beside_it(tmp_path):
+    base = make_llama(vocab_size=50)
+    sizes = ("experts.rank=2", "experts.alpha=4", "experts.plain.rank=3", "experts.plain.alpha=6", "experts.layout=3")
+    made = route(copy.deepcopy(base), composed("+recipe=mixlora", "model=smollm2_135m", *sizes))
+    stir(made)
+    ids, tensors = ids_of(), made.tensors()
+    with torch.no_grad(), made.context.override("by_domain"), made.context.open(facts(ids, [1] * 3)):
+        expected = made.model.eval()(ids, use_cache=False).logits
+    factors = fold(made.plan, tensors, "expert:1", domains=DOMAINS, whole_blocks=True)
+    write_peft_folder(tmp_path / "a", factors, base_model="tiny")
+    adapted = PeftModel.from_pretrained(copy.deepcopy(base), tmp_path / "a").eval()
+    with torch.no_grad():
+        torch.testing.assert_close(adapted(ids).logits, expected, rtol=1e-4, atol=1e-5)
+    for several in ("uniform", "all"):
+        with pytest.raises(ConfigError, match=rf"route={several} .*experts\.mixing=output.*route=expert:0"):
+            fold(made.plan, tensors, several, domains=DOMAINS, whole_blocks=True)
+
+
 def test_weights_of_a_route():
     assert route_weights("expert:2", experts=3, domains=[]) == [0.0, 0.0, 1.0]
     assert route_weights("all", experts=2, domains=[]) == [1.0, 1.0]
