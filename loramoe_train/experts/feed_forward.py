@@ -70,8 +70,8 @@ def describe(name: str, block: nn.Module, sites: Sequence[Site]) -> FeedForward:
 
 
 def check_bank(bank: nn.Module) -> None:
-    """Raises ConfigError for a bank of anything but plain pairs of factors: only their products are known here."""
-    if type(bank) is not ExpertBank:
+    """Raises ConfigError for a bank of anything but pairs of factors, or such with stretched rows (`mixes_outputs`)."""
+    if type(bank) is not ExpertBank and not getattr(bank, "mixes_outputs", False):
         raise ConfigError(
             f"experts.make._target_ makes a {type(bank).__name__}, but experts.mixing=output computes plain LoRA pairs"
             " alone; use experts=default, or experts.mixing=delta"

@@ -21,6 +21,7 @@ from loramoe_train.experts.linear import ExpertLinear
 from loramoe_train.experts.mixing import Mixing, mix
 from loramoe_train.experts.pairs import Columns
 from loramoe_train.experts.products import narrow_dtype
+from loramoe_train.experts.stretched import Inner, mix_stretched
 from loramoe_train.routing.context import RoutingContext
 from loramoe_train.routing.seat import Seat
 from loramoe_train.routing.types import Routing
@@ -61,20 +62,49 @@ class MixedBlock(RoutedBlock):
         hidden, routing = self._narrow(x_ND, into, draw(x_ND, dropout) if dropout > 0.0 else None, dtype)
         self.record(routing)
         weights, experts_NK = _few(routing)
+        how = self._how(weights, experts_NK, dtype)
         ups = self.shape.halves([site.bank.up for site in into])
-        mixed_NF, low_NR = mix(
-            self._how(weights, experts_NK, dtype),
-            gate_NF,
-            up_NF,
-            (hidden[0], None if up_NF is None else hidden[-1]),
-            (*ups, out.bank.down),
-            weights,
-            experts_NK,
-            draw(gate_NF, dropout) if dropout > 0.0 else None,
-        )
-        bank = out.bank
-        y_ND = add_experts(out.base(mixed_NF), low_NR, None, bank.up, bank.scale_E, bank.expert_R)
+        hidden = (hidden[0], None if up_NF is None else hidden[-1])
+        kept = draw(gate_NF, dropout) if dropout > 0.0 else None
+        if getattr(out.bank, "mixes_outputs", False):
+            y_ND = self._stretched(how, (gate_NF, up_NF), hidden, ups, weights, experts_NK, kept)
+        else:
+            factors = (*ups, out.bank.down)
+            mixed_NF, low_NR = mix(how, gate_NF, up_NF, hidden, factors, weights, experts_NK, kept)
+            bank = out.bank
+            y_ND = add_experts(out.base(mixed_NF), low_NR, None, bank.up, bank.scale_E, bank.expert_R)
         return y_ND.view(*x.shape[:-1], y_ND.shape[-1])
+
+    def _stretched(
+        self,
+        how: Mixing,
+        inner: tuple[Tensor, Tensor | None],
+        hidden: tuple[Tensor, Tensor | None],
+        ups: tuple[Tensor, Tensor | None],
+        weights: Tensor,
+        experts_NK: Tensor | None,
+        kept: Kept | None,
+    ) -> Tensor:
+        """(N, D): the mixture where banks stretch the rows of the adapted weights."""
+        into, out, halves = self.into, self.out, self.shape.halves
+        stretches = halves([site.bank.stretch() for site in into])
+        biases = halves([_bias(site) for site in into]) if _bias(into[0]) is not None else (None, None)
+        gate, up = [
+            None if base_NF is None else Inner(base_NF, *facts)
+            for base_NF, *facts in zip(inner, biases, hidden, ups, stretches, (how.gate, how.up), strict=True)
+        ]
+        bias_D, bank = _bias(out), out.bank
+
+        def linear(a_TF: Tensor) -> Tensor:
+            z_TD = out.base(a_TF)
+            return z_TD if bias_D is None else z_TD - bias_D
+
+        stretch_ED = bank.stretch()
+        y_ND, low_NR = mix_stretched(how, gate, up, linear, stretch_ED, bank.down, weights, experts_NK, kept)
+        stacked = (bank.num_experts, bank.ranks[0])
+        up_RD = (bank.up.unflatten(0, stacked) * stretch_ED.unsqueeze(1)).flatten(0, 1)
+        y_ND = add_experts(y_ND, low_NR, None, up_RD, bank.scale_E, None)
+        return y_ND if bias_D is None else y_ND + bias_D
 
     def _narrow(
         self, x_ND: Tensor, into: list[ExpertLinear], kept: Kept | None, dtype: torch.dtype
@@ -98,6 +128,10 @@ class MixedBlock(RoutedBlock):
         return Mixing(
             getattr(self.base, self.shape.activation), *columns, form=_form(banks, weights, experts_NK), dtype=dtype
         )
+
+
+def _bias(site: ExpertLinear) -> Tensor | None:
+    return getattr(site.base, "bias", None)
 
 
 def _few(routing: Routing) -> tuple[Tensor, Tensor | None]:

@@ -111,7 +111,7 @@ def _forward(
             a_TF = a_TF * _inner(piece, up_NF, piece.own(hidden3_NR, how.up), up3_RF, how.up)
         weight_T1 = piece.weight_T1
         piece.add(mixed_NF, a_TF * weight_T1)
-        seen_TF = _dropped(piece, a_TF.to(how.dtype), mask_NF, factor)
+        seen_TF = dropped(piece, a_TF.to(how.dtype), mask_NF, factor)
         piece.add_own(low_NR, piece.shrink(seen_TF, down2_RF, how.out) * weight_T1.to(how.dtype), how.out)
     return mixed_NF.to(gate_NF.dtype), low_NR
 
@@ -120,7 +120,8 @@ def _times(wide_TF: Tensor, up_TF: Tensor | None) -> Tensor:
     return wide_TF if up_TF is None else wide_TF * up_TF
 
 
-def _dropped(piece: Piece, wide_TF: Tensor, mask_NF: Tensor | None, factor: float) -> Tensor:
+def dropped(piece: Piece, wide_TF: Tensor, mask_NF: Tensor | None, factor: float) -> Tensor:
+    """The rows of a piece with what was dropped of them set to zero; a gradient with respect to them likewise."""
     return wide_TF if mask_NF is None else (wide_TF * piece.take(mask_NF)).mul_(factor)
 
 
@@ -175,13 +176,13 @@ class _Mix(torch.autograd.Function):
                 own3_TC = piece.own(hidden3, how.up)
                 up_TF = _inner(piece, up_NF, own3_TC, up3_RF, how.up)
             dlow_TC = piece.own(dlow_NR, how.out)
-            c_TF = _dropped(piece, piece.expand(dlow_TC, down2_RF, how.out), mask_NF, ctx.factor)
+            c_TF = dropped(piece, piece.expand(dlow_TC, down2_RF, how.out), mask_NF, ctx.factor)
             c_TF = c_TF.add_(piece.take(dmixed_NF))
             a_TF = _times(act_TF.detach(), up_TF)
             if dweight_Q is not None:
                 piece.put_weight(dweight_Q, (a_TF * c_TF).sum(dim=1, dtype=dweight_Q.dtype))
             if ddown2 is not None:
-                seen_TF = _dropped(piece, a_TF.to(dtype), mask_NF, ctx.factor)
+                seen_TF = dropped(piece, a_TF.to(dtype), mask_NF, ctx.factor)
                 piece.correlate(dlow_TC * weight_T1.to(dtype), seen_TF, ddown2, how.out)
             c_TF = c_TF.mul_(weight_T1)
             (da_TF,) = torch.autograd.grad(act_TF, gate_TF, _times(c_TF, up_TF).to(act_TF.dtype))

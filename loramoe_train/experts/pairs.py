@@ -71,6 +71,12 @@ class RowPiece:
         else:
             into_NR[self.rows] += gate(own_TC, self.hot_TE, None, columns.expert_R)
 
+    def of_expert(self, table_EF: Tensor) -> Tensor:
+        """(T, F), or (1, F) where it is one expert: the row of each pair's expert."""
+        if self.hot_TE is None:
+            return table_EF[self.place, None]
+        return self.hot_TE.to(table_EF.dtype) @ table_EF
+
     def put_weight(self, into_Q: Tensor, value_T: Tensor) -> None:
         """Write a number of each pair to a flat tensor in the order of the weights, which has one place to spare."""
         into_Q[:-1].view(self.weights.shape)[self.rows, self.place] = value_T
@@ -113,6 +119,9 @@ class ExpertPiece:
     def add_own(self, into_NR: Tensor, own_TC: Tensor, columns: Columns) -> None:
         into_NR.view(-1, columns.ranks[0]).index_add_(0, self._row_of(columns), own_TC)
 
+    def of_expert(self, table_EF: Tensor) -> Tensor:
+        return table_EF.index_select(0, self.expert_T)
+
     def put_weight(self, into_Q: Tensor, value_T: Tensor) -> None:
         into_Q.index_copy_(0, self.chunk.layout.pair_S[self.chunk.places], value_T)
 
@@ -138,7 +147,14 @@ def _by_expert(factors_RF: Tensor, columns: Columns) -> Tensor:
 
 
 def cut(
-    weights: Tensor, experts_NK: Tensor | None, form: Form, *, experts: int, width: int, factors: Tensor
+    weights: Tensor,
+    experts_NK: Tensor | None,
+    form: Form,
+    *,
+    experts: int,
+    width: int,
+    factors: Tensor,
+    whole: bool = False,
 ) -> Iterator[Piece]:
     """The pairs of all tokens, with rows of `width`.
 
@@ -146,11 +162,12 @@ def cut(
         weights: (N, K) of the chosen experts, or (N, E) where `experts_NK` is None.
         form: `grouped` needs `experts_NK` and experts of equal rank.
         factors: any of what the pieces will be multiplied with.
+        whole: cut no tokens apart; for what autograd follows, which would make a tensor of all rows for each piece.
     """
     if experts_NK is not None and form == "grouped":
         yield from _by_experts(weights, experts_NK, experts, width, factors)
         return
-    for rows in _row_chunks(weights, width):
+    for rows in [slice(None)] if whole else _row_chunks(weights, width):
         for place in range(weights.shape[1]):
             hot_TE = None
             if experts_NK is not None:

@@ -14,6 +14,7 @@ from transformers.models.qwen3 import Qwen3ForCausalLM
 
 from loramoe_train.build import attach, build_aux, check_fit, feed_forwards, plan_sites
 from loramoe_train.errors import ConfigError
+from loramoe_train.experts.bank import ExpertBank
 from loramoe_train.experts.compiled import compile_layers
 from loramoe_train.experts.concatenated import Kept
 from loramoe_train.experts.feed_forward import FeedForward, describe
@@ -300,6 +301,62 @@ def test_nothing_wide_is_kept_but_what_the_frozen_layers_gave(form):
     with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
         mix(how, *arguments)
     assert sum(t.shape == (N, F) for t in kept) == 2 and not [t for t in kept if t.numel() > N * 2 * E]
+
+
+class StretchedBank(ExpertBank):
+    """Every row of W + D_e times a number of its own, which is learned."""
+
+    mixes_outputs = True
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.rows_EO = nn.Parameter(torch.rand(self.num_experts, self.d_out) + 0.5)
+
+    def stretch(self):
+        return self.rows_EO
+
+
+@pytest.mark.parametrize("overrides", [(), ("router=soft", "router.scope=block")], ids=["top-k", "soft"])
+def test_stretched_rows_are_those_of_whole_weights(overrides):
+    """W_e = c_e * (W + s B A) built as a matrix for each projection, token by token."""
+    torch.manual_seed(0)
+    config = composed(*MIXLORA, *overrides, "experts.layout=3")
+    routed = route(make_llama(vocab_size=50, mlp_bias=True), config)
+    for site, layer in routed.layers.items():
+        if ".mlp." in site:
+            bank = StretchedBank(layer.bank.d_in, layer.bank.d_out, ranks=(2,) * 3, scales=(2.0,) * 3)
+            nn.init.normal_(bank.up, 0, 0.3)
+            layer.bank = bank
+    block = routed.blocks["model.layers.1.mlp"].double().train()
+    x_ND = torch.randn(7, 32, dtype=torch.float64, requires_grad=True)
+    layers = [getattr(block.base, name) for name in ("gate_proj", "up_proj", "down_proj")]
+    leaves = [x_ND, *block.router.parameters(), *(p for layer in layers for p in layer.bank.parameters())]
+
+    def loops():
+        weights_NE = block.decide(x_ND).weights_NE
+        rows = []
+        for x_D, weights_E in zip(x_ND, weights_NE, strict=True):
+            y_D = 0.0
+            for e in range(3):
+
+                def linear(layer, x, e=e):
+                    whole = layer.base.weight + layer.bank.delta(e)
+                    return (layer.bank.rows_EO[e][:, None] * whole) @ x + layer.base.bias
+
+                inner = nn.functional.silu(linear(layers[0], x_D)) * linear(layers[1], x_D)
+                y_D = y_D + weights_E[e] * linear(layers[2], inner)
+            rows.append(y_D)
+        return torch.stack(rows)
+
+    found = []
+    with routed.context.open(facts(torch.zeros(1, 7, dtype=torch.long))):
+        for way in (lambda: block(x_ND), loops):
+            y_ND = way()
+            probe_ND = torch.randn(y_ND.shape, generator=torch.Generator().manual_seed(2), dtype=y_ND.dtype)
+            found.append((y_ND, *torch.autograd.grad((y_ND * probe_ND).sum(), leaves)))
+    for one, other in zip(*found, strict=True):
+        assert other.abs().sum() > 0
+        torch.testing.assert_close(one, other)
 
 
 # -- blocks of other shapes --------------------------------------------------------------------------------------------
