@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from loramoe_train.errors import ConfigError, nearest
 from loramoe_train.experts.adapters import adapter_tensors
+from loramoe_train.experts.bank import ExpertBank
 from loramoe_train.experts.block import RoutedBlock
 from loramoe_train.experts.decisions import DecisionSpec, plan_decisions
 from loramoe_train.experts.feed_forward import FeedForward, check_bank, check_weights, describe
@@ -150,6 +151,7 @@ def attach(
     adapters: Sequence[LoraAdapter] = (),
 ) -> RoutedModel:
     """Wrap the planned sites. What is fresh is seeded by (seed, site), whatever else the layout holds."""
+    check_parts_fit(config, plan)
     context = RoutingContext(num_domains)
     make_bank, make_router = _makers(config)
     decisions = plan_decisions(plan, config.router.scope)
@@ -230,11 +232,39 @@ def build_aux(config: RunConfig, plan: Mapping[str, ExpertSpec]) -> dict[str, Au
 def check_fit(config: RunConfig, plan: Mapping[str, ExpertSpec]) -> None:
     """Make, without weights, one of every kind of router and bank in the plan, and the losses. ConfigError where a part
     refuses its site."""
-    make_bank, make_router = _makers(config)
-    kinds = {(spec.ranks, spec.scales, spec.top_k): spec for spec in plan.values()}
-    for spec in kinds.values():
-        make_bank(spec, torch.device("meta"))
+    check_parts_fit(config, plan)
+    build_aux(config, plan)
+
+
+def check_parts_fit(config: RunConfig, plan: Mapping[str, ExpertSpec]) -> None:
+    """The same for routers and banks alone, and whether they go together."""
+    (make_bank, make_router), meta = _makers(config), torch.device("meta")
+    kinds = {(s.site.in_features, s.site.out_features, s.ranks, s.scales, s.top_k): s for s in plan.values()}
+    banks = [make_bank(spec, meta) for spec in kinds.values()]
+    for bank in banks:
+        _check_bank(config, bank)
+    whole = next((type(bank).__name__ for bank in banks if bank.mixes_outputs), None)
     deciding = {(d.num_experts, d.top_k, d.d_in): d for d in plan_decisions(plan, config.router.scope).values()}
     for decision in deciding.values():
-        make_router(decision, torch.device("meta"))
-    build_aux(config, plan)
+        router = make_router(decision, meta)
+        lonely = router is None and decision.num_experts == 1
+        if whole and not lonely and not getattr(router, "sums_to_one", False):
+            raise ConfigError(
+                f"experts.make={whole} mixes whole outputs, so a token's weights must sum to one, which"
+                f" {'they do not without a router' if router is None else 'those of router.make need not do'}; use"
+                " router=soft or weight=renormalised in training and evaluation, or one expert with router=none"
+            )
+
+
+def _check_bank(config: RunConfig, bank: ExpertBank) -> None:
+    """ConfigError where a bank cannot stand beside this base, or take these adapters."""
+    name, packed = type(bank).__name__, config.model.quantization
+    if bank.reads_base and packed != "none":
+        raise ConfigError(
+            f"model.quantization={packed}: experts.make={name} computes with the base's weight, which is packed then;"
+            " set model.quantization=none or use experts=default"
+        )
+    if config.experts.adapters and not bank.takes_adapters:
+        raise ConfigError(
+            f"experts.adapters: imported LoRAs cannot become experts of experts.make={name}; use experts=default"
+        )

@@ -29,6 +29,9 @@ class ExpertBank(nn.Module):
     """Stacked LoRA experts. A fresh bank (Kaiming down, zero up; as in PEFT) adds exactly nothing."""
 
     down_per_expert = True  # else evaluation takes the same way as training: `decoding.py` reads factors by expert
+    mixes_outputs = False  # if whole outputs are mixed and not what is added, a token's weights must sum to one
+    reads_base = False  # whether `begin` needs the numbers of the base's weight
+    takes_adapters = True  # whether the factors of imported LoRAs can be put into it
 
     def __init__(
         self,
@@ -62,6 +65,9 @@ class ExpertBank(nn.Module):
             with torch.no_grad():
                 self.down.uniform_(-bound, bound, generator=generator)
 
+    def begin(self, base: nn.Module) -> None:
+        """Told once beside which frozen layer the experts stand, before trained ones are loaded."""
+
     @property
     def num_experts(self) -> int:
         return len(self.ranks)
@@ -79,18 +85,20 @@ class ExpertBank(nn.Module):
 
     def add_to(self, y: Tensor, seen: SeenInput) -> Tensor:
         """y (..., O) plus the experts' weighted outputs, in place where y allows it."""
-        if seen.ready is not None:
-            return seen.ready.add_to(y)
+        return seen.ready.add_to(y) if seen.ready is not None else self.add_with(y, seen, self.up)
+
+    def add_with(self, y: Tensor, seen: SeenInput, up_RO: Tensor) -> Tensor:
+        """The same with other up factors than the bank's own."""
         routing, hidden_NR = seen.routing, seen.hidden_NR
         if hidden_NR is None:
             stacked = (self.num_experts, self.ranks[0])
-            down_ERD, up_ERO = self.down.unflatten(0, stacked), self.up.unflatten(0, stacked)
+            down_ERD, up_ERO = self.down.unflatten(0, stacked), up_RO.unflatten(0, stacked)
             return add_grouped(y, seen.x_ND, routing.chosen, down_ERD, up_ERO, self.scale_E, seen.kept, seen.dtype)
         weights_NE = None if seen.unweighted else routing.weights_NE
         few = routing.chosen is not None and routing.chosen.experts_NK.shape[1] < self.num_experts
         if few and self.expert_R is None and not torch.compiler.is_compiling():
-            return add_chosen(y, hidden_NR, routing.chosen, self.up, self.scale_E)
-        return add_experts(y, hidden_NR, weights_NE, self.up, self.scale_E, self.expert_R)
+            return add_chosen(y, hidden_NR, routing.chosen, up_RO, self.scale_E)
+        return add_experts(y, hidden_NR, weights_NE, up_RO, self.scale_E, self.expert_R)
 
     def scaled_down(self) -> Tensor:
         """(R, D): each expert's rows of `down` times its scale."""

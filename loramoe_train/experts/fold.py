@@ -53,17 +53,25 @@ def fold(
 ) -> dict[str, LoraFactors]:
     """Site -> one pair of factors. `tensors` are those of an adapter folder: `SITE.bank.down` and `SITE.bank.up`.
 
-    `whole_blocks`: experts.mixing=output; raises ConfigError for a route that gives weight to several experts then.
+    `whole_blocks`: experts.mixing=output; raises ConfigError for a route that gives weight to several experts then, and
+    where experts with magnitudes would be mixed.
     """
     folded = {}
     for site, spec in plan.items():
         weights = [1.0] * spec.num_experts
+        magnitudes_EO = tensors.get(f"{site}.bank.magnitude")
         if spec.routed:
             weights = route_weights(route, experts=spec.num_experts, domains=domains)
-            if whole_blocks and sorted(weights) != [0.0] * (spec.num_experts - 1) + [1.0]:
+            single = sorted(weights) == [0.0] * (spec.num_experts - 1) + [1.0]
+            if whole_blocks and not single:
                 raise ConfigError(
                     f"route={route} gives weight to several experts, but they are copies of whole blocks"
                     " (experts.mixing=output), whose sum is no LoRA; name one of them, such as route=expert:0"
+                )
+            if magnitudes_EO is not None and not single:
+                raise ConfigError(
+                    f"route={route}: {site} has experts with magnitudes, and a mixture of those is no LoRA; name one of"
+                    " them, such as route=expert:0"
                 )
         factors = [weight * scale for weight, scale in zip(weights, spec.scales, strict=True)]
         factor_R = torch.tensor([f for f, rank in zip(factors, spec.ranks, strict=True) for _ in range(rank)])
@@ -72,5 +80,6 @@ def fold(
             folded[site] = LoraFactors(down_RD, up_RO.unflatten(0, (-1, len(down_RD))).sum(dim=0).T)
         else:
             used_R = factor_R != 0
-            folded[site] = LoraFactors(down_RD[used_R], up_RO[used_R].T)
+            magnitude_O = None if magnitudes_EO is None else magnitudes_EO[weights.index(1.0)]
+            folded[site] = LoraFactors(down_RD[used_R], up_RO[used_R].T, magnitude_O)
     return folded

@@ -39,6 +39,7 @@ class ExpertLinear(nn.Module):
         self.records = records and seat is None
         self.shared, self.place = SharedInput([self]), 0  # `share` puts it together with others
         self.latest: Routing | None = None  # what compiled code decided, until it is recorded
+        bank.begin(base)
 
     @property
     def in_features(self) -> int:

@@ -62,6 +62,7 @@ class LoraFactors:
 
     down: Tensor  # (R, D) float32
     up: Tensor  # (O, R) float32, the scale folded in
+    magnitude: Tensor | None = None  # (O,) float32: the length of every row of the adapted weight (DoRA); written only
 
     @property
     def rank(self) -> int:
@@ -120,6 +121,7 @@ def write_peft_folder(
     """Write a folder that `PeftModel.from_pretrained` loads as exactly `up @ down` per module; returns its path.
 
     The most common rank becomes `r`, others go into `rank_pattern`; alpha equals the rank, so that PEFT's scale is 1.
+    Pairs with magnitudes, which all have to have then, become a DoRA adapter.
     The folder appears whole or not at all. Raises ConfigError if it exists already with something in it, or if there is
     nothing to write.
     """
@@ -146,16 +148,18 @@ def write_peft_folder(
         "bias": "none",
         "fan_in_fan_out": False,
         "use_rslora": False,
+        "use_dora": any(pair.magnitude is not None for pair in modules.values()),
     }
     tensors: dict[str, Tensor] = {}
     for name, pair in modules.items():
         if pair.up.shape[1] != pair.rank:
             raise ValueError(f"{name}: down {tuple(pair.down.shape)} and up {tuple(pair.up.shape)} do not multiply")
-        for part, tensor in (("A", pair.down), ("B", pair.up)):
-            # a copy each: safetensors refuses tensors that share storage, and slices of a bank do
-            tensors[f"{PREFIX}{name}.lora_{part}.weight"] = (
-                tensor.detach().to("cpu", torch.float32, copy=True).contiguous()
-            )
+        parts = {"lora_A.weight": pair.down, "lora_B.weight": pair.up, "lora_magnitude_vector": pair.magnitude}
+        for part, tensor in parts.items():
+            if tensor is not None:
+                # a copy each: safetensors refuses tensors that share storage, and slices of a bank do
+                copied = tensor.detach().to("cpu", torch.float32, copy=True).contiguous()
+                tensors[f"{PREFIX}{name}.{part}"] = copied
     _write_folder(target, config, tensors)
     return target
 

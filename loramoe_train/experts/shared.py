@@ -12,7 +12,7 @@ Legend: N tokens, D in, M members of a group, E experts of a site, R rank column
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -46,6 +46,11 @@ def _count_step(*_: Any) -> None:
 
 # fused optimizers change parameters without counting up their `_version`
 register_optimizer_step_post_hook(_count_step)
+
+
+def versions(parameters: Iterable[Tensor]) -> tuple[int, ...]:
+    """Another answer where any of these may have changed."""
+    return (_optimizer_steps, *[p._version for p in parameters])
 
 
 class SeenInput(NamedTuple):
@@ -129,7 +134,7 @@ class SharedInput:
         """Another answer where any factor or router may have changed."""
         if self._learned is None:
             self._learned = tuple(p for member in self.members for p in member.learned())
-        return (_optimizer_steps, *[p._version for p in self._learned])
+        return versions(self._learned)
 
     def _arrange(self, members: tuple[ExpertLinear, ...], tokens: int) -> Arrangement:
         """Decided once for every kind of pass: walking over modules costs as much as a narrow product in decoding."""

@@ -181,15 +181,14 @@ def _leaving_out_bias(base: nn.Module) -> Iterator[None]:
     A plain linear then multiplies in the very order of the mixers, so that without experts the result is the mixer's
     own, bit for bit.
     """
-    if type(base) is nn.Linear:
+    plain = type(base) is nn.Linear
+    if plain:
         base.forward = lambda x_BSD: (base.weight @ x_BSD.transpose(-1, -2)).transpose(-1, -2)
-        try:
-            yield
-        finally:
+    # a quantised linear reads its bias at each call, and so do experts that scale W x
+    bias, base.bias = base.bias, None
+    try:
+        yield
+    finally:
+        base.bias = bias
+        if plain:
             del base.forward
-    else:  # a quantised linear reads its bias at each call
-        bias, base.bias = base.bias, None
-        try:
-            yield
-        finally:
-            base.bias = bias

@@ -38,6 +38,7 @@ class AdaptiveThreshold(nn.Module):
         self.ceiling = 1.0 / num_experts if ceiling is None else ceiling
         if not 0.0 < self.ceiling <= 1.0:
             raise ValueError(f"ceiling must lie in (0, 1], or be null for 1 / experts, got {ceiling}")
+        self.sums_to_one = self.ceiling <= 1.0 / num_experts  # else a token may have no expert
         self.gate = nn.Parameter(torch.empty(num_experts, d_in, device=device, dtype=torch.float32))
         self.threshold = nn.Parameter(torch.empty(d_in, device=device, dtype=torch.float32))
         self.threshold_bias = nn.Parameter(torch.empty(1, device=device, dtype=torch.float32))
