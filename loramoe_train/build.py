@@ -21,19 +21,19 @@ from loramoe_train.experts.peft_folder import LoraAdapter, read_peft_folder
 from loramoe_train.experts.plan import ExpertSpec, plan_experts, plan_imported
 from loramoe_train.experts.sites import Site
 from loramoe_train.experts.ssm import adapt_mixers
-from loramoe_train.models import find_sites
+from loramoe_train.models import count_layers, find_sites
 from loramoe_train.models.sites import matches
 from loramoe_train.parts import build_part, takes
 from loramoe_train.routing.context import RoutingContext
 from loramoe_train.routing.seat import Seat
 from loramoe_train.schema.run import RunConfig
 from loramoe_train.training.parts import AuxTerm
-from loramoe_train.validation import check_layout, domains_of
+from loramoe_train.validation import check_layout, domains_of, trains_base
 
 
 @dataclass(frozen=True)
 class RoutedModel:
-    """A base model with experts beside its planned sites."""
+    """A base model with experts beside its planned sites; or the base alone, to be trained itself."""
 
     model: nn.Module
     context: RoutingContext
@@ -43,7 +43,9 @@ class RoutedModel:
 
     @property
     def groups(self) -> dict[str, dict[str, nn.Parameter]]:
-        return trainable_groups(self.layers, self.blocks)
+        """What a stage may train: `experts`, `routers`, and `base` where there are no experts."""
+        own = {} if self.layers else {"base": dict(self.model.named_parameters())}
+        return trainable_groups(self.layers, self.blocks) | own
 
     @property
     def recorded(self) -> list[str]:
@@ -52,7 +54,9 @@ class RoutedModel:
 
     def tensors(self) -> dict[str, Tensor]:
         """What an adapter stores; the model's own storage, not copies."""
-        return adapter_tensors(self.layers, self.blocks)
+        if self.layers:
+            return adapter_tensors(self.layers, self.blocks)
+        return {name: parameter.detach() for name, parameter in self.model.named_parameters()}
 
 
 def read_adapters(config: RunConfig) -> list[LoraAdapter]:
@@ -73,9 +77,10 @@ def plan_sites(
     config: RunConfig, model: nn.Module, domains: Sequence[str], adapters: Sequence[LoraAdapter] = ()
 ) -> dict[str, ExpertSpec]:
     """Which site gets which experts. `model` may be on the meta device. ConfigError where nothing fits."""
+    counts, ranks, top_k = check_layout(config, count_layers(model, config.model.layers), list(domains))
+    if not any(counts):
+        return {}
     sites = find_sites(model, config.model.layers, config.model.sites, config.experts.sites)
-    num_layers = len(model.get_submodule(config.model.layers))
-    counts, ranks, top_k = check_layout(config, num_layers, list(domains))
     experts = config.experts
     if experts.plain is not None:
         return _with_plain(config, model, sites, counts, ranks, top_k)
@@ -154,6 +159,8 @@ def attach(
     check_parts_fit(config, plan)
     context = RoutingContext(num_domains)
     make_bank, make_router = _makers(config)
+    if not plan and trains_base(config):
+        return RoutedModel(model.requires_grad_(False), context, {}, {}, {})
     decisions = plan_decisions(plan, config.router.scope)
     wide = [decision for decision in decisions.values() if decision.name not in plan]
     mixed = feed_forwards(config, model, plan)

@@ -24,6 +24,11 @@ def export(arguments: list[str]) -> Path:
     source, target = places
     folder = find_adapter(source, "loramoe-export")
     manifest = read_manifest(folder)
+    plan = plan_of(manifest)
+    if not plan:
+        raise ConfigError(
+            f"{folder} holds no experts but the base's own weights, all of them trained: there is no LoRA in it"
+        )
     tensors = read_weights(folder, manifest)
     routed = any(".router." in name for name in tensors)
     route = settings.get("route") or ("" if routed else "all")
@@ -33,7 +38,7 @@ def export(arguments: list[str]) -> Path:
             f" route=domain:{manifest['domains'][0]} or route=uniform"
         )
     whole = manifest["config"]["experts"].get("mixing") == "output"
-    factors = fold(plan_of(manifest), tensors, route, domains=manifest["domains"], whole_blocks=whole)
+    factors = fold(plan, tensors, route, domains=manifest["domains"], whole_blocks=whole)
     base = manifest["config"]["model"]
     return write_peft_folder(
         target, factors, base_model=base.get("path") or base["name"], revision=base.get("revision")

@@ -38,7 +38,7 @@ class Memory:
             ("gradients", self.gradients),
             ("optimizer", self.optimizer),
             ("saved activations", self.activations),
-            ("logits of one chunk, with gradient", self.logits),
+            ("logits at a time, with gradient", self.logits),
         ]
         return [*parts, ("total", sum(size or 0 for _, size in parts))]
 
@@ -60,9 +60,10 @@ def base_bytes(model: nn.Module, dtype: str, quantization: str) -> int:
 def memory(
     base: int, trained: int, held: int, optimizer: str, activations: int | None, *, rows: int, vocabulary: int
 ) -> Memory:
-    """Put the components together. `trained` and `held`: scalars of experts and routers; `rows`: supervised tokens."""
+    """Put the components together. `trained`: scalars that train; `held`: those of experts and routers; `rows`: of
+    logits that exist at a time."""
     per_state = 2 if optimizer == "adamw_8bit" else 8
-    logits = 2 * 4 * vocabulary * min(rows, LOSS_CHUNK_ROWS)
+    logits = 2 * 4 * vocabulary * rows
     return Memory(base, 4 * held, 4 * trained, per_state * trained, activations, logits)
 
 

@@ -18,7 +18,7 @@ from loramoe_train.schema.run import RunConfig
 from loramoe_train.screen import quiet_libraries, screen
 from loramoe_train.settle import benchmark_names, settle
 from loramoe_train.training.stages import plan_stages
-from loramoe_train.validation import domains_of
+from loramoe_train.validation import domains_of, trains_base
 
 MEASURED_ROWS = 100  # per task, to estimate tokens
 
@@ -30,7 +30,7 @@ class Counts:
     base: int
     experts: int
     routers: int
-    trained: int  # by at least one stage
+    trained: int  # by at least one stage, the base's included
     active: int  # of experts and routers, that a token goes through
     experts_by_kind: Mapping[str, int]
 
@@ -50,6 +50,7 @@ def count_parameters(config: RunConfig, routed: RoutedModel, base: int) -> Count
         active += bank.active_parameters(spec.top_k or spec.num_experts)
     trains = {kind for stage in config.trainer.stages.values() for kind in stage.train}
     trained = (experts if "experts" in trains else 0) + (routers if "routers" in trains else 0)
+    trained += base if "base" in trains else 0
     return Counts(base, experts, routers, trained, active, by_kind)
 
 
@@ -74,7 +75,8 @@ def print_plan(config: RunConfig, *, batch: int | None = None, sequence: int | N
     counts, plan, model, bytes_of_base = make_counts(config)
     quiet_libraries()
     console = screen()
-    _print_sites(console, config, plan)
+    if plan:
+        _print_sites(console, config, plan)
     _print_counts(console, counts)
     _print_memory(console, config, counts, model, bytes_of_base, batch, sequence)
     _print_steps(console, config, settled.max_positions)
@@ -123,7 +125,7 @@ def _print_counts(console: Any, counts: Counts) -> None:
     share = 100 * counts.trained / counts.base
     console.print("\nParameters")
     rows = [
-        ("base (frozen)", counts.base, ""),
+        (f"base ({'frozen' if counts.experts else 'trained'})", counts.base, ""),
         ("experts", counts.experts, ""),
         *((f"  {kind}", number, "") for kind, number in counts.experts_by_kind.items()),
         ("routers", counts.routers, ""),
@@ -153,7 +155,8 @@ def _print_memory(
         counts.experts + counts.routers,
         config.trainer.optimizer,
         kept,
-        rows=batch * sequence,
+        # a head that trains is not run in chunks (training/loss.py)
+        rows=batch * sequence if trains_base(config) else min(batch * sequence, footprint.LOSS_CHUNK_ROWS),
         vocabulary=text.vocab_size,
     ).rows()
     console.print(f"\nMemory per process for {batch} x {sequence} tokens, every position filled")
@@ -168,6 +171,8 @@ def _activations(config: RunConfig, batch: int, sequence: int) -> int | None:
     def make() -> tuple[nn.Module, RoutingContext]:
         model = meta_model(config.model, device="cpu")
         routed = attach(config, model, plan_sites(config, model, domains, adapters), num_domains=len(domains))
+        for parameter in routed.groups.get("base", {}).values():
+            parameter.requires_grad_(True)
         return model.train(), routed.context
 
     checkpointed = config.model.gradient_checkpointing

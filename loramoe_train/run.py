@@ -3,6 +3,7 @@
 import sys
 import time
 from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -30,7 +31,14 @@ from loramoe_train.evaluation.results import render_table, versions, write_resul
 from loramoe_train.experts import adapters as adapter_files
 from loramoe_train.experts.compiled import compile_layers
 from loramoe_train.experts.mixed_block import try_blocks
-from loramoe_train.models import base_identity, check_same_base, load_model, load_tokenizer, meta_model
+from loramoe_train.models import (
+    base_identity,
+    check_same_base,
+    load_model,
+    load_tokenizer,
+    meta_model,
+    original_weights,
+)
 from loramoe_train.rundir import RESULTS, claim, default_run_dir, newest_checkpoint, released_on_failure
 from loramoe_train.schema.run import RunConfig
 from loramoe_train.screen import quiet_libraries, screen
@@ -178,7 +186,8 @@ def load_adapter(folder: Path, routed: RoutedModel, identity: dict[str, Any], *,
 def evaluate_routed(
     config: RunConfig, routed: RoutedModel, tokenizer: Any, folder: Path, accelerator: Any, console: Console | None
 ) -> dict[str, Any]:
-    """Benchmarks of the routed model and of its base, which is the same model with the experts switched off."""
+    """Benchmarks of the routed model and of its base, which is the same model with the experts switched off; where the
+    base itself was trained, with the weights that it had before."""
     if not config.eval.enabled:
         return {"scores": {}, "skipped": {"all": "eval.enabled=false"}}
     names = benchmark_names(config)
@@ -189,6 +198,9 @@ def evaluate_routed(
             write_samples(folder / "samples", result.name, side, result.samples)
         _say(console, f"  {result.name} {side}: {result.score:.4f} ({result.seconds:.1f} s)")
 
+    def as_base() -> AbstractContextManager[None]:
+        return routed.context.override("off") if routed.layers else original_weights(routed.model, config.model)
+
     return compare(
         routed.model,
         tokenizer,
@@ -196,7 +208,7 @@ def evaluate_routed(
         config=config.eval,
         data_root=config.data.root,
         seed=config.seed,
-        base_mode=lambda: routed.context.override("off"),
+        base_mode=as_base,
         accelerator=accelerator,
         on_result=keep,
     )
@@ -264,11 +276,10 @@ def _recipe() -> dict[str, Any]:
 
 def _describe(console: Console | None, ready: Prepared) -> None:
     groups = ready.routed.groups
+    where = f" at {len(ready.routed.plan)} sites" if ready.routed.plan else ""
     for kind, members in groups.items():
-        _say(
-            console,
-            f"{kind}: {sum(p.numel() for p in members.values()):,} parameters at {len(ready.routed.plan)} sites",
-        )
+        if members or where:
+            _say(console, f"{kind}: {sum(p.numel() for p in members.values()):,} parameters{where}")
     for note in ready.notes:
         _say(console, f"note: {note}")
 

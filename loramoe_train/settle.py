@@ -16,7 +16,7 @@ from loramoe_train.models.architecture import max_positions, num_layers, read_ar
 from loramoe_train.models.files import model_folder
 from loramoe_train.schema.run import RunConfig
 from loramoe_train.training.stages import plan_stages
-from loramoe_train.validation import check_layout, domains_of
+from loramoe_train.validation import check_layout, domains_of, trains_base
 
 OFFLINE = {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1", "WANDB_MODE": "offline"}
 
@@ -51,7 +51,13 @@ def settle(config: RunConfig, *, check_files: bool = True, trains: bool = True) 
     plan_stages(config.trainer, dict.fromkeys(config.trainer.stages, 1 << 30), aux_losses=config.aux_loss)
     if config.trainer.early_stopping is not None and config.data.validation_examples == 0:
         raise ConfigError("trainer.early_stopping needs an evaluation loss; set data.validation_examples above 0")
-    _check_trained_experts(config)
+    if not trains_base(config):
+        _check_trained_experts(config)
+    elif trains and config.model.dtype != "float32":
+        raise ConfigError(
+            f"model.dtype={config.model.dtype}: what trains is kept in float32, and here the base does; set"
+            " model.dtype=float32 (trainer.mixed_precision=bf16 makes it faster)"
+        )
     if config.data.packing and config.model.sites.get("ssm"):
         raise ConfigError(
             f"data.packing=true: the state-space layers of {config.model.name} cannot keep packed examples apart;"

@@ -99,21 +99,30 @@ def check_parts(config: RunConfig) -> None:
             raise ConfigError(f"aux_loss.{name} counts the top-k share; give router.top_k, e.g. router.top_k=2")
 
 
+def trains_base(config: RunConfig) -> bool:
+    """Whether a stage trains the base's own weights."""
+    return any("base" in stage.train for stage in config.trainer.stages.values())
+
+
 def check_layout(
     config: RunConfig, num_layers: int, domains: list[str]
 ) -> tuple[list[int], list[int], list[int] | None]:
     """Experts, rank and top-k per layer; ConfigError where they do not fit the model or each other.
 
-    Imported adapters fix counts and ranks; then only top_k is checked.
+    Imported adapters fix counts and ranks; then only top_k is checked. No layer has experts where the base trains.
     """
     experts, top_k = config.experts, config.router.top_k
     try:
         if experts.adapters:
             counts = [len(experts.adapters)] * num_layers
+        elif str(experts.layout) == "0" and trains_base(config):
+            counts = [0] * num_layers
         else:
             counts = expand_layout(experts.layout, num_layers, num_domains=len(domains))
     except ValueError as error:
         raise ConfigError(f"experts.layout={_shown(experts.layout)} {error}") from error
+    if trains_base(config):
+        _check_base_trains(config, counts)
     ranks = _per_layer("experts.rank", experts.rank, num_layers)
     chosen = None if top_k is None else _per_layer("router.top_k", top_k, num_layers)
     if min(ranks) < 1:
@@ -131,6 +140,29 @@ def check_layout(
             " chooses nothing; use experts.layout=1 or a router"
         )
     return counts, ranks, chosen
+
+
+def _check_base_trains(config: RunConfig, counts: list[int]) -> None:
+    for name, stage in config.trainer.stages.items():
+        if any(counts):
+            raise ConfigError(
+                f"trainer.stages.{name}: the base trains only without experts, and here a layer gets {max(counts)}; set"
+                " experts=none, or train=[experts]"
+            )
+        if stage.train != ["base"]:
+            raise ConfigError(
+                f"trainer.stages.{name}.train={_shown(stage.train)}: experts.layout=0 leaves the base alone to train;"
+                " set train=[base]"
+            )
+    if config.router.make is not None:
+        raise ConfigError("router.make chooses among experts, and experts.layout=0 gives none; set router=none")
+    if config.experts.plain is not None:
+        raise ConfigError("experts.plain cannot stand beside a base that trains; set experts.plain=null")
+    if config.model.quantization != "none":
+        raise ConfigError(
+            f"model.quantization={config.model.quantization}: packed weights cannot train; set model.quantization=none,"
+            " or train experts beside them"
+        )
 
 
 def _per_layer(key: str, value: int | list[int], num_layers: int) -> list[int]:

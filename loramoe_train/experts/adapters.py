@@ -2,8 +2,9 @@
 
 Tensor names are `<site>.bank.down` (R, D), `<site>.bank.up` (R, O) and `<site>.router.*`, or `<block>.router.*` where a
 block decides for its sites; all float32. A site's experts lie one below the other, with the ranks and scales in the
-manifest. The frozen base is never stored, only what identifies it. Reading is strict: another base, another layout, a
-missing or surplus tensor or a damaged file is an error with one line.
+manifest. The frozen base is never stored, only what identifies it; a base that was trained itself, without experts, is
+stored under its tensors' own names. Reading is strict: another base, another layout, a missing or surplus tensor or a
+damaged file is an error with one line.
 """
 
 from collections.abc import Mapping

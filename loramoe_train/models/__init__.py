@@ -17,6 +17,8 @@ _HOME = {
     "check_same_base": "identity",
     "load_model": "loading",
     "meta_model": "loading",
+    "original_weights": "loading",
+    "count_layers": "sites",
     "find_sites": "sites",
     "load_tokenizer": "tokenizer",
 }

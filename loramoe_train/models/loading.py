@@ -4,13 +4,13 @@ Everything is checked before weights are read: files, their length against their
 installed. What is loaded never trains: no parameter requires a gradient.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from loramoe_train.errors import ConfigError, DataError, MissingFileError, nearest
 from loramoe_train.models.architecture import read_architecture
@@ -56,6 +56,28 @@ def load_model(config: ModelConfig, *, device: torch.device | str | None = None)
     if config.gradient_checkpointing:
         checkpoint_activations(model)
     return model.eval()
+
+
+@contextmanager
+def original_weights(model: nn.Module, config: ModelConfig) -> Iterator[None]:
+    """For a while a model that was trained as a whole holds the weights that `config` names, read once more.
+
+    Meanwhile its own are kept in host memory. Raises as `load_model` does.
+    """
+    original = load_model(config)
+    trained = {name: parameter.detach().to("cpu", copy=True) for name, parameter in model.named_parameters()}
+    _fill(model, dict(original.named_parameters()))
+    del original
+    try:
+        yield
+    finally:
+        _fill(model, trained)
+
+
+@torch.no_grad()
+def _fill(model: nn.Module, values: Mapping[str, Tensor]) -> None:
+    for name, parameter in model.named_parameters():
+        parameter.copy_(values[name])
 
 
 def meta_model(config: ModelConfig, *, device: str = "meta") -> nn.Module:

@@ -65,14 +65,23 @@ def matches(name: str, pattern: str) -> bool:
     return name == pattern or name.endswith(f".{pattern}") or fnmatchcase(name, pattern)
 
 
-def _layer_modules(model: nn.Module, layers: str) -> Modules:
+def count_layers(model: nn.Module, layers: str) -> int:
+    """How many decoder layers a model has. ConfigError where `layers` names no list of them."""
+    return len(_layer_list(model, layers))
+
+
+def _layer_list(model: nn.Module, layers: str) -> nn.ModuleList:
     lists = {name: module for name, module in model.named_modules() if isinstance(module, nn.ModuleList)}
     if layers not in lists:
         wrong = f"model.layers='{layers}' is no list of layers in {type(model).__name__}"
         raise ConfigError(f"{wrong}{nearest(layers, lists)}")
+    return lists[layers]
+
+
+def _layer_modules(model: nn.Module, layers: str) -> Modules:
     return [
         (index, name, module)
-        for index, layer in enumerate(lists[layers])
+        for index, layer in enumerate(_layer_list(model, layers))
         for name, module in layer.named_modules()
         if name
     ]

@@ -19,6 +19,7 @@ class SuggestConfig(Strict):
     dropout: float | None = None
     lr: float | None = None
     router_lr: float | None = None
+    base_lr: float | None = None  # where the base's own weights train
     batch_size: int | None = None
     micro_batch_size: int | None = None
     max_steps: int | None = None

@@ -6,7 +6,7 @@ from pydantic import Field, model_validator
 
 from loramoe_train.schema.base import Strict
 
-Trainable = Literal["experts", "routers"]
+Trainable = Literal["experts", "routers", "base"]  # base: all weights of a model without experts
 RoutingMode = Literal["learned", "by_domain", "uniform"]
 
 
@@ -37,7 +37,7 @@ class TrainerConfig(Strict):
     epochs: float = Field(default=1.0, gt=0)  # passes over the mixture, for stages that do not say
     max_steps: int | None = Field(default=None, gt=0)  # of the whole run, shared by its stages; wins over epochs
     optimizer: Literal["adamw", "adamw_8bit"] = "adamw"
-    lr: float = Field(default=2e-4, gt=0)  # of the experts
+    lr: float = Field(default=2e-4, gt=0)  # of the experts, or of the base
     router_lr: float | None = Field(default=None, gt=0)  # of the routers; null: lr
     up_lr_ratio: float = Field(default=1.0, gt=0)  # learning rate of the experts' up factors over that of their down
     betas: tuple[float, float] = (0.9, 0.999)

@@ -32,7 +32,8 @@ class GradientCheck:
 
     def __init__(self, parts: TrainingParts, plan: StagePlan, *, start: int) -> None:
         """`start` is the step at which this process enters the stage (above 0 when resuming)."""
-        self._groups = {group: dict(parts.groups.get(group, {})) for group in plan.train}
+        # of a base without experts some weights may rightly be unused
+        self._groups = {group: dict(parts.groups.get(group, {})) for group in plan.train if group in _MARKERS}
         self._stage = plan.name
         self._last = min(start + WATCHED_STEPS, plan.steps) - 1
         # One step is too few to judge: routers over fresh experts, whose outputs are all zero, get their first gradient
@@ -87,6 +88,7 @@ class GradientCheck:
                 )
 
 
+_MARKERS = {"experts": ".bank.", "routers": ".router."}
 _ADVICE = {
     "experts": "check that the model really uses these layers' output, or leave them out of experts.sites",
     "routers": "a router learns only if its weights change the output: use router.top_k above 1, weights that are not "
@@ -96,8 +98,7 @@ _ADVICE = {
 
 def unit_of(parameter: str, group: str) -> str:
     """The site or block that a parameter belongs to: `a.b.bank.up` -> `a.b`, `a.b.router.gate.weight` -> `a.b`."""
-    marker = {"experts": ".bank.", "routers": ".router."}[group]
-    site, found, _ = parameter.rpartition(marker)
+    site, found, _ = parameter.rpartition(_MARKERS[group])
     return site if found else parameter
 
 

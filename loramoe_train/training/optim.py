@@ -30,7 +30,12 @@ def build_optimizer(
     Raises:
         ConfigError: nothing to train, or `adamw_8bit` without bitsandbytes.
     """
-    peaks = {"experts": plan.lr, "experts_up": plan.lr * trainer.up_lr_ratio, "routers": plan.router_lr}
+    peaks = {
+        "experts": plan.lr,
+        "experts_up": plan.lr * trainer.up_lr_ratio,
+        "routers": plan.router_lr,
+        "base": plan.lr,
+    }
     trained = {name: groups[name] for name in plan.train if groups.get(name)}
     if trainer.up_lr_ratio != 1.0 and "experts" in trained:
         ups = {name: p for name, p in trained["experts"].items() if name.endswith(UP)}

@@ -62,7 +62,9 @@ class TrainingParts:
 
     model: nn.Module  # the base with its routed layers; nothing but the groups below may require gradient
     context: RoutingContext
-    groups: Mapping[str, Mapping[str, nn.Parameter]]  # "experts" | "routers" -> full parameter name -> parameter
+    groups: Mapping[
+        str, Mapping[str, nn.Parameter]
+    ]  # "experts" | "routers" | "base" -> full parameter name -> parameter
     sites: tuple[str, ...]  # names of all planned sites: each must be called in the first step
     aux: Mapping[str, AuxTerm]
     stage_data: Callable[[str], StageData]  # by stage name

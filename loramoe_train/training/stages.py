@@ -26,7 +26,7 @@ class StagePlan:
     examples: int  # distinct examples it draws on
     train: tuple[Trainable, ...]
     routing: RoutingMode
-    lr: float  # of the experts, at the top of the schedule
+    lr: float  # of the experts (or the base), at the top of the schedule
     router_lr: float
     warmup_steps: int
     aux_losses: tuple[str, ...]
@@ -112,7 +112,7 @@ def _shared(steps: dict[str, int], limit: int) -> dict[str, int]:
 def _trained(name: str, stage: StageConfig) -> tuple[Trainable, ...]:
     key = f"trainer.stages.{name}"
     if not stage.train:
-        raise ConfigError(f"{key}.train is empty; name experts, routers or both")
+        raise ConfigError(f"{key}.train is empty; name experts, routers or both, or base")
     if "routers" in stage.train and stage.routing != "learned":
         raise ConfigError(
             f"{key}.train names routers, but {key}.routing={stage.routing} never asks them, so they would get no "
