@@ -33,7 +33,8 @@ def adapter_tensors(
     """Every stored tensor by name; the model's own storage, not copies."""
     found = {}
     for site, layer in layers.items():
-        found.update({f"{site}.bank.{name}": p.detach() for name, p in layer.bank.named_parameters()})
+        state = layer.bank.state_dict(keep_vars=True)
+        found.update({f"{site}.bank.{name}": t.detach() for name, t in state.items()})
     for owner, module in (*layers.items(), *blocks.items()):
         if module.router is not None:
             state = module.router.state_dict(keep_vars=True)

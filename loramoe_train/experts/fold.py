@@ -76,6 +76,11 @@ def fold(
         factors = [weight * scale for weight, scale in zip(weights, spec.scales, strict=True)]
         factor_R = torch.tensor([f for f, rank in zip(factors, spec.ranks, strict=True) for _ in range(rank)])
         down_RD, up_RO = tensors[f"{site}.bank.down"], tensors[f"{site}.bank.up"] * factor_R[:, None]
+        if f"{site}.bank.start_down" in tensors:  # what every expert started from is subtracted
+            lost, start_rD = -sum(factors), tensors[f"{site}.bank.start_down"]
+            down_RD = torch.cat([down_RD, start_rD])
+            up_RO = torch.cat([up_RO, tensors[f"{site}.bank.start_up"] * lost])
+            factor_R = torch.cat([factor_R, torch.full((len(start_rD),), lost)])
         if len(down_RD) < len(up_RO):  # shared by all experts: their ups add up
             folded[site] = LoraFactors(down_RD, up_RO.unflatten(0, (-1, len(down_RD))).sum(dim=0).T)
         else:
