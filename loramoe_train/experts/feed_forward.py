@@ -69,12 +69,12 @@ def describe(name: str, block: nn.Module, sites: Sequence[Site]) -> FeedForward:
     return FeedForward(names[:-1], names[-1], activation, gated)
 
 
-def check_bank(bank: nn.Module) -> None:
+def check_bank(bank: ExpertBank) -> None:
     """Raises ConfigError for a bank of anything but pairs of factors, or such with stretched rows (`mixes_outputs`)."""
-    if type(bank) is not ExpertBank and not getattr(bank, "mixes_outputs", False):
+    if type(bank) is not ExpertBank and not bank.mixes_outputs:
         raise ConfigError(
             f"experts.make._target_ makes a {type(bank).__name__}, but experts.mixing=output computes plain LoRA pairs"
-            " alone; use experts=default, or experts.mixing=delta"
+            " and those of experts=magnitude alone; use one of them, or experts.mixing=delta"
         )
 
 

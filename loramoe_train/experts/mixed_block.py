@@ -66,7 +66,7 @@ class MixedBlock(RoutedBlock):
         ups = self.shape.halves([site.bank.up for site in into])
         hidden = (hidden[0], None if up_NF is None else hidden[-1])
         kept = draw(gate_NF, dropout) if dropout > 0.0 else None
-        if getattr(out.bank, "mixes_outputs", False):
+        if out.bank.mixes_outputs:
             y_ND = self._stretched(how, (gate_NF, up_NF), hidden, ups, weights, experts_NK, kept)
         else:
             factors = (*ups, out.bank.down)

@@ -27,10 +27,19 @@ class Loops:
         a_RD, b_OR = self.leaves[f"{site}.bank.down"][own], self.leaves[f"{site}.bank.up"][own].T
         return self.scale * (b_OR @ (a_RD @ x_D))
 
+    def adapted(self, layer: nn.Module, site: str, expert: int, x_D: Tensor) -> Tensor:
+        """(W + s B A) x; of DoRA with every row o of that matrix m[o] long, the length it has by itself a constant."""
+        magnitude_EO = self.leaves.get(f"{site}.bank.magnitude")
+        if magnitude_EO is None:
+            return layer.weight @ x_D + self.pair(site, expert, x_D)
+        columns = [self.pair(site, expert, unit_D) for unit_D in torch.eye(len(x_D), dtype=x_D.dtype)]
+        whole_OD = layer.weight + torch.stack(columns, dim=1)
+        length_O = torch.stack([row_D.detach().norm() for row_D in whole_OD])
+        return magnitude_EO[expert] * (whole_OD @ x_D) / length_O
+
     def linear(self, block: nn.Module, name: str, part: str, expert: int, x_D: Tensor) -> Tensor:
-        """(W + s B A) x of one projection with one expert."""
-        layer = getattr(block, part)
-        return layer.weight @ x_D + self.pair(f"{name}.{part}", expert, x_D)
+        """One projection of a block with one expert."""
+        return self.adapted(getattr(block, part), f"{name}.{part}", expert, x_D)
 
     def softmax(self, name: str, x_D: Tensor) -> Tensor:
         bias = self.leaves.get(f"{name}.router.score.bias")
@@ -44,7 +53,7 @@ class Loops:
         for name, module in self.base.named_modules():
             end = name.rpartition(".")[2]
             if end in ATTENTION:
-                hooks.append(module.register_forward_hook(lambda m, x, y, n=name: self._beside(n, x[0], y)))
+                hooks.append(module.register_forward_hook(lambda m, x, y, n=name: self._beside(m, n, x[0], y)))
             if end == "mlp":
                 hooks.append(module.register_forward_hook(lambda m, x, y, n=name: self._instead(m, n, x[0], block)))
         try:
@@ -53,9 +62,9 @@ class Loops:
             for hook in hooks:
                 hook.remove()
 
-    def _beside(self, site: str, x: Tensor, y: Tensor) -> Tensor:
-        added = [self.pair(site, 0, token) for token in x.reshape(-1, x.shape[-1])]
-        return y + torch.stack(added).view(y.shape)
+    def _beside(self, layer: nn.Module, site: str, x: Tensor, y: Tensor) -> Tensor:
+        rows = [self.adapted(layer, site, 0, token) for token in x.reshape(-1, x.shape[-1])]
+        return torch.stack(rows).view(y.shape)
 
     def _instead(self, mlp: nn.Module, name: str, x: Tensor, block: Block) -> Tensor:
         rows = [block(mlp, name, token) for token in x.reshape(-1, x.shape[-1])]
@@ -65,7 +74,7 @@ class Loops:
     # -- the papers' blocks --------------------------------------------------------------------------------------------
 
     def mixlora(self, mlp: nn.Module, name: str, x_D: Tensor) -> tuple[Tensor, Tensor]:
-        """MixLoRA: the two best copies of the whole block, weighed by p over the sum of the two."""
+        """MixLoRA, MixDoRA: the two best copies of the whole block, weighed by p over the sum of the two."""
         p_E = self.softmax(name, x_D)
         first, second = sorted(range(len(p_E)), key=lambda e: -p_E[e].item())[:2]
         total = p_E[first] + p_E[second]
