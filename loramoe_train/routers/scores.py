@@ -1,4 +1,7 @@
-"""What a router thinks of each expert for a token: float32 logits (N, E) from the router's input (N, D)."""
+"""What a router thinks of each expert for a token: float32 logits (N, E) from the router's input (N, D).
+
+Legend: N tokens, D in, E experts, H heads.
+"""
 
 import math
 from typing import Literal
@@ -50,3 +53,48 @@ class LinearScore(nn.Module):
         # Autocast would run this product in bf16 and change which experts win for about one token in a hundred.
         with torch.autocast(x_ND.device.type, enabled=False):
             return functional.linear(x_ND.to(self.weight.dtype), self.weight, self.bias)
+
+
+class MLPScore(nn.Module):
+    """logits = W_n a_(n-1) + b_n with a_0 = x and a_i = dropout(relu(W_i a_(i-1) + b_i)), in float32, for `depth` n.
+
+    The classifier of X-LoRA (arXiv 2402.07148). With `heads` there are logits for that many sites: (N, H, E).
+    """
+
+    def __init__(
+        self,
+        d_in: int,
+        num_experts: int,
+        *,
+        depth: int = 1,
+        width: int = 2048,
+        dropout: float = 0.0,
+        init: Literal["zeros", "kaiming"] = "kaiming",
+        heads: int | None = None,
+        device: torch.device | str | None = None,
+        generator: torch.Generator | None = None,
+    ) -> None:
+        """`depth`: linear layers, of which all but the last have `width` outputs and start as `nn.Linear` does.
+
+        `init`: of the last one; zeros starts at the uniform average of the experts. Raises ValueError for other values.
+        """
+        super().__init__()
+        if depth < 1 or width < 1:
+            raise ValueError(f"depth and width must be at least 1, got {depth} and {width}")
+        if not 0.0 <= dropout < 1.0:
+            raise ValueError(f"dropout must lie in [0, 1), got {dropout}")
+        if init not in ("zeros", "kaiming"):
+            raise ValueError(f"init must be zeros or kaiming, got '{init}'")
+        self.dropout, self.shape = dropout, (num_experts,) if heads is None else (heads, num_experts)
+        ins, outs = [d_in, *[width] * (depth - 1)], [*[width] * (depth - 1), math.prod(self.shape)]
+        inits = [*["kaiming"] * (depth - 1), init]
+        self.layers = nn.ModuleList(
+            LinearScore(*sizes, bias=True, init=how, device=device, generator=generator)
+            for *sizes, how in zip(ins, outs, inits, strict=True)
+        )
+
+    def forward(self, x_ND: Tensor) -> Tensor:
+        *hidden, last = self.layers
+        for layer in hidden:
+            x_ND = functional.dropout(functional.relu(layer(x_ND)), self.dropout, self.training)
+        return last(x_ND).unflatten(-1, self.shape)
