@@ -12,9 +12,9 @@ from torch import Tensor, nn
 from loramoe_train.errors import ConfigError, nearest
 from loramoe_train.experts.adapters import adapter_tensors
 from loramoe_train.experts.bank import ExpertBank
-from loramoe_train.experts.block import RoutedBlock
 from loramoe_train.experts.decisions import DecisionSpec, plan_decisions
 from loramoe_train.experts.feed_forward import FeedForward, check_bank, check_weights, describe
+from loramoe_train.experts.first_pass import add_first_passes
 from loramoe_train.experts.inject import MakeBank, inject, share_inputs, trainable_groups, wrap_blocks
 from loramoe_train.experts.linear import ExpertLinear
 from loramoe_train.experts.peft_folder import LoraAdapter, read_peft_folder
@@ -25,7 +25,7 @@ from loramoe_train.models import count_layers, find_sites
 from loramoe_train.models.sites import matches
 from loramoe_train.parts import build_part, takes
 from loramoe_train.routing.context import RoutingContext
-from loramoe_train.routing.seat import Seat
+from loramoe_train.routing.seat import Owner, Seat
 from loramoe_train.schema.run import RunConfig
 from loramoe_train.training.parts import AuxTerm
 from loramoe_train.validation import check_layout, domains_of, trains_base
@@ -39,7 +39,7 @@ class RoutedModel:
     context: RoutingContext
     plan: dict[str, ExpertSpec]
     layers: dict[str, ExpertLinear]  # by site
-    blocks: dict[str, RoutedBlock]  # by module name: those that decide for several sites
+    blocks: dict[str, Owner]  # by module name: what decides for several sites
 
     @property
     def groups(self) -> dict[str, dict[str, nn.Parameter]]:
@@ -50,7 +50,8 @@ class RoutedModel:
     @property
     def recorded(self) -> list[str]:
         """Names of the records of a pass: a site that follows another's decision has none."""
-        return [*(name for name, layer in self.layers.items() if layer.records), *self.blocks]
+        own = [name for name, layer in self.layers.items() if layer.records]
+        return [*own, *(name for owner in self.blocks.values() for name in owner.recorded)]
 
     def tensors(self) -> dict[str, Tensor]:
         """What an adapter stores; the model's own storage, not copies."""
@@ -156,18 +157,19 @@ def attach(
     adapters: Sequence[LoraAdapter] = (),
 ) -> RoutedModel:
     """Wrap the planned sites. What is fresh is seeded by (seed, site), whatever else the layout holds."""
-    check_parts_fit(config, plan)
+    check_parts_fit(config, plan, model)
     context = RoutingContext(num_domains)
     make_bank, make_router = _makers(config)
     if not plan and trains_base(config):
         return RoutedModel(model.requires_grad_(False), context, {}, {}, {})
-    decisions = plan_decisions(plan, config.router.scope)
+    decisions = _decisions(config, plan, model)
     wide = [decision for decision in decisions.values() if decision.name not in plan]
     mixed = feed_forwards(config, model, plan)
     device = next(model.parameters()).device
-    seats = {}
+    seats, of_model = {}, config.router.scope == "model"
     for decision in wide:
-        seats |= dict.fromkeys(decision.sites, Seat(decision.name, make_router(decision, device)))
+        shared = Seat(decision.name, make_router(decision, device))
+        seats |= {site: Seat(shared.name, shared.router) if of_model else shared for site in decision.sites}
     layers = inject(
         model,
         plan,
@@ -176,7 +178,10 @@ def attach(
         context=context,
         seats=seats,
     )
-    blocks = wrap_blocks(model, wide, seats, context, mixed)
+    if of_model:
+        blocks = add_first_passes(model, wide, seats, context)
+    else:
+        blocks = wrap_blocks(model, wide, seats, context, mixed)
     adapt_mixers(model, layers)
     share_inputs(model, layers, context)
     for expert, adapter in enumerate(adapters):
@@ -186,6 +191,16 @@ def attach(
                 bank.down[bank.rows(expert)] = pair.down.to(bank.down.device)
                 bank.up[bank.rows(expert)] = pair.up.T.to(bank.up.device)
     return RoutedModel(model, context, dict(plan), layers, blocks)
+
+
+def _decisions(
+    config: RunConfig, plan: Mapping[str, ExpertSpec], model: nn.Module | None = None
+) -> dict[str, DecisionSpec]:
+    """Who decides for which sites. `model`, which may be on the meta device: where routers are to be made."""
+    router, width = config.router, 0
+    if model is not None and router.scope == "model":
+        width = model.config.get_text_config().hidden_size
+    return plan_decisions(plan, router.scope, per_site=router.per_site, width=width)
 
 
 def _makers(config: RunConfig) -> tuple[MakeBank, Callable[[DecisionSpec, torch.device], nn.Module | None]]:
@@ -214,6 +229,7 @@ def _makers(config: RunConfig) -> tuple[MakeBank, Callable[[DecisionSpec, torch.
         if config.router.make is None:
             return None
         facts = {"d_in": decision.d_in, "num_experts": decision.num_experts, "top_k": decision.top_k}
+        facts["heads"] = len(decision.sites) if decision.per_site else None
         router = make(config.router.make, "router.make", decision.name, device, **facts)
         if whole:
             check_weights(router)
@@ -225,25 +241,26 @@ def _makers(config: RunConfig) -> tuple[MakeBank, Callable[[DecisionSpec, torch.
 def build_aux(config: RunConfig, plan: Mapping[str, ExpertSpec]) -> dict[str, AuxTerm]:
     """The configured auxiliary losses, with the facts that they ask for; those that count top-k shares get each site's
     own k. ConfigError where a loss does not fit the plan or the mixture."""
-    terms, decisions = {}, plan_decisions(plan, config.router.scope)
+    terms, decisions = {}, _decisions(config, plan)
+    recorded = {name: decision for decision in decisions.values() for name in decision.records}
     for name, term in config.aux_loss.items():
-        facts: dict[str, Any] = {"num_experts": {name: decision.num_experts for name, decision in decisions.items()}}
+        facts: dict[str, Any] = {"num_experts": {name: decision.num_experts for name, decision in recorded.items()}}
         facts |= {"tasks": tuple(config.data.tasks), "num_domains": len(domains_of(config))}
         if takes(term.make, "top_k", config.trusted_modules):
-            facts["top_k"] = {name: decision.top_k for name, decision in decisions.items()}
+            facts["top_k"] = {name: decision.top_k for name, decision in recorded.items()}
         loss = build_part(term.make, f"aux_loss.{name}.make", facts=facts, trusted=config.trusted_modules)
         terms[name] = AuxTerm(name, term.weight, term.scope, loss)
     return terms
 
 
-def check_fit(config: RunConfig, plan: Mapping[str, ExpertSpec]) -> None:
+def check_fit(config: RunConfig, plan: Mapping[str, ExpertSpec], model: nn.Module | None = None) -> None:
     """Make, without weights, one of every kind of router and bank in the plan, and the losses. ConfigError where a part
-    refuses its site."""
-    check_parts_fit(config, plan)
+    refuses its site. `model`, on the meta device perhaps, tells the width of its hidden states."""
+    check_parts_fit(config, plan, model)
     build_aux(config, plan)
 
 
-def check_parts_fit(config: RunConfig, plan: Mapping[str, ExpertSpec]) -> None:
+def check_parts_fit(config: RunConfig, plan: Mapping[str, ExpertSpec], model: nn.Module | None = None) -> None:
     """The same for routers and banks alone, and whether they go together."""
     (make_bank, make_router), meta = _makers(config), torch.device("meta")
     kinds = {(s.site.in_features, s.site.out_features, s.ranks, s.scales, s.top_k): s for s in plan.values()}
@@ -251,7 +268,7 @@ def check_parts_fit(config: RunConfig, plan: Mapping[str, ExpertSpec]) -> None:
     for bank in banks:
         _check_bank(config, bank)
     whole = next((type(bank).__name__ for bank in banks if bank.mixes_outputs), None)
-    deciding = {(d.num_experts, d.top_k, d.d_in): d for d in plan_decisions(plan, config.router.scope).values()}
+    deciding = {(d.num_experts, d.top_k, d.d_in): d for d in _decisions(config, plan, model).values()}
     for decision in deciding.values():
         router = make_router(decision, meta)
         lonely = router is None and decision.num_experts == 1

@@ -159,7 +159,7 @@ def build_routed(config: RunConfig, domains: Sequence[str], *, device: Any) -> R
     shapes = meta_model(config.model)
     wanted = plan_sites(config, shapes, domains, imported)
     feed_forwards(config, shapes, wanted)
-    check_fit(config, wanted)
+    check_fit(config, wanted, shapes)
     model = load_model(config.model, device=device)
     plan = plan_sites(config, model, domains, imported)
     routed = attach(config, model, plan, num_domains=len(domains), adapters=imported)

@@ -14,7 +14,7 @@ from loramoe_train.experts.layouts import expand_layout, per_layer
 from loramoe_train.parts import check_part, takes
 from loramoe_train.schema.run import RunConfig
 
-ROUTER_FACTS = ("d_in", "num_experts", "top_k", "device", "generator")
+ROUTER_FACTS = ("d_in", "num_experts", "top_k", "heads", "device", "generator")
 AUX_FACTS = ("top_k", "num_experts", "tasks", "num_domains")
 BANK_FACTS = ("d_in", "d_out", "ranks", "scales", "dropout", "device", "generator")
 
@@ -84,8 +84,14 @@ def check_parts(config: RunConfig) -> None:
             f"experts.mixing=output weighs whole feed-forward blocks, but router.scope={router.scope} does not decide"
             " for those; set router.scope=block, or experts.mixing=delta"
         )
+    if router.per_site and router.scope != "model":
+        raise ConfigError(
+            f"router.per_site=true goes with router.scope=model, but router.scope={router.scope}; change one of them"
+        )
     if router.make is not None:
         check_part(router.make, "router.make", facts=ROUTER_FACTS, trusted=trusted)
+        if router.per_site and not takes(router.make, "heads", trusted):
+            raise ConfigError("router.per_site=true needs a score with a head for every site; use router=mlp")
         if takes(router.make, "top_k", trusted) and router.top_k is None:
             raise ConfigError(
                 "router.top_k is missing: the router selects a number of experts; give e.g. router.top_k=2"

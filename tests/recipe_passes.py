@@ -21,7 +21,9 @@ CASES = {
     "lora_mixer, routers": ("lora_mixer", "routers"),
     "plug and play": ("lora_mixer_plug_and_play", "routers"),
     "lora": ("lora", "train"),
+    "xlora": ("xlora", "routers"),
 }
+IMPORTING = ("lora_mixer_plug_and_play", "xlora")  # recipes over downloaded adapters
 PROJECTIONS = {"llama": ("q_proj", "v_proj"), "falcon_mamba": ("in_proj", "x_proj")}
 
 
@@ -40,7 +42,7 @@ def make_routed(
     """A tiny model with stirred experts in the recipe's arrangement. `kind`: llama or falcon_mamba."""
     model = make_llama(vocab_size=50, **model_changes) if kind == "llama" else make_mamba()
     own, adapters = ["experts.rank=2", "experts.alpha=4"], []
-    if recipe == "lora_mixer_plug_and_play":  # of two ranks, and one without the second projection
+    if recipe in IMPORTING:  # of two ranks, and one without the second projection
         first, second = PROJECTIONS[kind]
         folders = [
             make_peft(model, folder / "one", 1, target_modules=[first, second]),
@@ -83,7 +85,7 @@ def one_pass(routed: RoutedModel, config: RunConfig, stage: str, *, rows: int = 
             loss = loss + 100 * term.loss(records, given, counted)  # large enough to matter in every router's gradient
         loss.backward()
         weights = {site: routing.weights_NE.detach().clone() for site, routing in records.items()}
-    assert set(weights) == set(routed.plan)
+    assert set(weights) == set(routed.recorded)
     gradients = {n: p.grad for members in routed.groups.values() for n, p in members.items() if p.requires_grad}
     for parameter in routed.model.parameters():
         parameter.grad = None

@@ -1,7 +1,7 @@
 """Our adapter on disk: `adapter.safetensors` with every bank and router, and `adapter.json` to rebuild them from.
 
-Tensor names are `<site>.bank.down` (R, D), `<site>.bank.up` (R, O) and `<site>.router.*`, or `<block>.router.*` where a
-block decides for its sites; all float32. A site's experts lie one below the other, with the ranks and scales in the
+Tensor names are `<site>.bank.down` (R, D), `<site>.bank.up` (R, O) and `<site>.router.*`, or `<owner>.router.*` where a
+module decides for several; all float32. A site's experts lie one below the other, with the ranks and scales in the
 manifest. The frozen base is never stored, only what identifies it; a base that was trained itself, without experts, is
 stored under its tensors' own names. Reading is strict: another base, another layout, a missing or surplus tensor or a
 damaged file is an error with one line.
@@ -17,18 +17,18 @@ import torch
 from torch import Tensor
 
 from loramoe_train.errors import ConfigError, DataError, MissingFileError
-from loramoe_train.experts.block import RoutedBlock
 from loramoe_train.experts.linear import ExpertLinear
 from loramoe_train.experts.plan import ExpertSpec
 from loramoe_train.experts.sites import Site
 from loramoe_train.files import read_json, sha256, sync, write_json
+from loramoe_train.routing.seat import Owner
 
 WEIGHTS, MANIFEST = "adapter.safetensors", "adapter.json"
 FORMAT, VERSION = "loramoe_train.adapter", 3
 
 
 def adapter_tensors(
-    layers: Mapping[str, ExpertLinear], blocks: Mapping[str, RoutedBlock] = MappingProxyType({})
+    layers: Mapping[str, ExpertLinear], blocks: Mapping[str, Owner] = MappingProxyType({})
 ) -> dict[str, Tensor]:
     """Every stored tensor by name; the model's own storage, not copies."""
     found = {}

@@ -29,6 +29,10 @@ class RoutedBlock(nn.Module):
         """The name of its records."""
         return self.seat.name
 
+    @property
+    def recorded(self) -> tuple[str, ...]:
+        return (self.site,)
+
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         if self.context.mode == "off":
             return self.base(*args, **kwargs)

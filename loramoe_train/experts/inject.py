@@ -14,7 +14,7 @@ from loramoe_train.experts.linear import ExpertLinear, share
 from loramoe_train.experts.mixed_block import MixedBlock
 from loramoe_train.experts.plan import ExpertSpec
 from loramoe_train.routing.context import RoutingContext
-from loramoe_train.routing.seat import Seat
+from loramoe_train.routing.seat import Owner, Seat
 
 MakeBank = Callable[[ExpertSpec, torch.device], ExpertBank]
 MakeRouter = Callable[[ExpertSpec, torch.device], nn.Module | None]
@@ -117,7 +117,7 @@ def share_inputs(model: nn.Module, layers: Mapping[str, ExpertLinear], context: 
 
 
 def trainable_groups(
-    layers: Mapping[str, ExpertLinear], blocks: Mapping[str, RoutedBlock] = MappingProxyType({})
+    layers: Mapping[str, ExpertLinear], blocks: Mapping[str, Owner] = MappingProxyType({})
 ) -> dict[str, dict[str, nn.Parameter]]:
     """Parameters by kind, `experts` and `routers`, under the names of their sites and blocks."""
     groups: dict[str, dict[str, nn.Parameter]] = {"experts": {}, "routers": {}}

@@ -23,7 +23,7 @@ from loramoe_train.experts.pairs import Columns
 from loramoe_train.experts.products import narrow_dtype
 from loramoe_train.experts.stretched import Inner, mix_stretched
 from loramoe_train.routing.context import RoutingContext
-from loramoe_train.routing.seat import Seat
+from loramoe_train.routing.seat import Owner, Seat
 from loramoe_train.routing.types import Routing
 
 BREAK_EVEN = {"cpu": 14.0}  # (E - 1) r; at 6 the concatenated form is slightly faster, at 28 the grouped one by a tenth
@@ -155,15 +155,15 @@ def _form(banks: tuple[ExpertBank, ...], weights: Tensor, experts_NK: Tensor | N
     return "concatenated" if "concatenated" in forms else "grouped"
 
 
-def try_blocks(blocks: Iterable[RoutedBlock]) -> None:
+def try_blocks(blocks: Iterable[Owner]) -> None:
     """Whether the blocks that are to be mixed compute what they are taken for: one of every kind, experts off.
 
     Raises ConfigError where one does more; see `feed_forward.try_out`. Needs the weights.
     """
     tried = set()
     for block in blocks:
-        kind = (type(block.base), getattr(block, "shape", None))
-        if isinstance(block, MixedBlock) and kind not in tried:
+        kind = (type(block.base), block.shape) if isinstance(block, MixedBlock) else None
+        if kind is not None and kind not in tried:
             tried.add(kind)
             with block.context.override("off"):
                 try_out(block.site, block.base, block.shape)

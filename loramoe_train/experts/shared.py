@@ -12,7 +12,7 @@ Legend: N tokens, D in, M members of a group, E experts of a site, R rank column
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -30,7 +30,7 @@ from loramoe_train.experts.decoding import (
 )
 from loramoe_train.experts.forms import FEWEST_TOKENS
 from loramoe_train.experts.products import narrow_dtype
-from loramoe_train.routing.types import Chosen, Routing
+from loramoe_train.routing.types import Routing, apart
 
 if TYPE_CHECKING:
     from loramoe_train.experts.linear import ExpertLinear
@@ -241,7 +241,7 @@ def _ask(plan: Arrangement, logits_N: Tensor) -> dict[int, Routing]:
     """By place, the decisions of the routers whose logits are known; taken together where the routers are alike."""
     asked = plan.asked
     if plan.together:
-        routings = _apart(_ask_together(plan, logits_N))
+        routings = apart(_ask_together(plan, logits_N))
         return {member.place: routing for member, routing in zip(asked, routings, strict=True)}
     found = {}
     for member, logits_NE in zip(asked, logits_N.split(plan.experts, dim=1) if asked else (), strict=True):
@@ -257,13 +257,3 @@ def _ask_together(plan: Arrangement, logits_N: Tensor) -> Routing:
     if plan.biased:
         logits_NME = logits_NME + torch.stack([member.linear_score[1] for member in asked])
     return asked[0].router.decide(logits_NME)
-
-
-def _apart(together: Routing) -> Iterator[Routing]:
-    """The decisions of the members, from one whose tensors are (N, M, ...)."""
-    weights, logits, chosen = together.weights_NE.unbind(1), together.logits_NE.unbind(1), together.chosen
-    if chosen is None:
-        yield from map(Routing, weights, logits)
-    else:
-        few = map(Chosen, chosen.experts_NK.unbind(1), chosen.weights_NK.unbind(1))
-        yield from map(Routing, weights, logits, few)

@@ -1,6 +1,6 @@
 """The shared vocabulary of routing: what was decided for a token, and what is known about the tokens of a batch.
 
-Legend: B rows, S positions, N = B * S tokens, E experts, K experts that a token may have.
+Legend: B rows, S positions, N = B * S tokens, E experts, K experts that a token may have, M sites.
 """
 
 from dataclasses import dataclass
@@ -25,6 +25,18 @@ class Routing:
     logits_NE: Tensor | None = None  # float32, before normalising; None where nothing was scored
     chosen: Chosen | None = None  # the same weights by token; None where their number has no bound
     p_NE: Tensor | None = None  # what a loss takes for the probabilities; None: the softmax of the logits
+
+
+def apart(together: Routing) -> list[Routing]:
+    """The decisions of M sites, from one whose tensors are (N, M, ...)."""
+    sites = range(together.weights_NE.shape[1])
+    weights, chosen = together.weights_NE.unbind(1), together.chosen
+    logits = [None] * len(sites) if together.logits_NE is None else together.logits_NE.unbind(1)
+    p = [None] * len(sites) if together.p_NE is None else together.p_NE.unbind(1)
+    if chosen is None:
+        return [Routing(weights[m], logits[m], None, p[m]) for m in sites]
+    experts_MNK, weights_MNK = chosen.experts_NK.unbind(1), chosen.weights_NK.unbind(1)
+    return [Routing(weights[m], logits[m], Chosen(experts_MNK[m], weights_MNK[m]), p[m]) for m in sites]
 
 
 @dataclass(frozen=True)

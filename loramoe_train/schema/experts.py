@@ -35,8 +35,10 @@ class ExpertsConfig(Strict):
 class RouterConfig(Strict):
     """Who weighs the experts of a site for a token."""
 
-    # where one decision is taken: nowhere, at every linear for itself, or once for all sites of a block (`mlp`)
-    scope: Literal["none", "site", "block"] = "site"
+    # where one decision is taken: nowhere, at every linear for itself, once for all sites of a block (`mlp`), or once
+    # for the model, on what its base alone makes of the tokens (a second forward pass)
+    scope: Literal["none", "site", "block", "model"] = "site"
+    per_site: bool = False  # for scope model: a decision for every site, by a router with that many heads
     top_k: int | list[int] | None = None  # experts per token where selection is sparse; one number, or one per layer
     make: Part | None = None  # null: every expert has weight 1 (plain LoRA when there is one)
 
