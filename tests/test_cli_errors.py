@@ -31,7 +31,7 @@ RECIPE = "+recipe=lora_mixer"
         ([RECIPE, "experts.rank=[8]"], 2, ["experts.rank", "1 entries for 4 layers"]),
         ([RECIPE, "experts.rank=0"], 2, ["experts.rank=0", "at least 1"]),
         ([RECIPE, "router=none"], 2, ["aux_loss.routing_specialization needs a learned router"]),
-        ([RECIPE, "router.scope=block"], 2, ["router.scope=block", "none, site"]),
+        ([RECIPE, "router.scope=blok"], 2, ["router.scope=blok", "none, site", "'block'"]),
         ([RECIPE, "router.scope=none"], 2, ["router.scope=none", "contradict"]),
         (["+recipe=lora", "experts.layout=4"], 2, ["experts.layout=4", "router.scope=none"]),
         ([RECIPE, "data.tasks=[gsm8k,colaa]"], 2, ["'colaa'", "did you mean 'cola'"]),
