@@ -9,7 +9,7 @@ import logging
 import random
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +37,7 @@ log = logging.getLogger(__name__)
 FEWSHOT_SEED = 1234
 
 BaseMode = Callable[[], AbstractContextManager[Any]]
+Serving = Callable[[str], AbstractContextManager[Any]]
 
 
 def evaluate(
@@ -77,6 +78,7 @@ def compare(
     data_root: str | None,
     seed: int,
     base_mode: BaseMode | None,
+    serving: Serving = lambda benchmark: nullcontext(),
     progress: Progress | None = None,
     accelerator: Any = None,
     on_result: Callable[[Side, BenchmarkResult], None] | None = None,
@@ -85,6 +87,7 @@ def compare(
 
     Args:
         base_mode: makes a context manager in which the model behaves as its base; None: no base scores.
+        serving: makes one, from a benchmark's name, in which the tuned model knows whose examples it answers.
         on_result: gets each result as soon as it is there, on every process; for example to store its samples.
 
     Returns:
@@ -95,7 +98,9 @@ def compare(
     with _session(model, tokenizer, benchmarks, config, data_root, seed, progress, accelerator) as session:
         scores = {}
         for planned in session.selection.planned:
-            tuned, base = session.run(planned, "tuned"), None
+            base = None
+            with serving(planned.benchmark.name):
+                tuned = session.run(planned, "tuned")
             tell("tuned", tuned)
             if config.base and base_mode is not None:
                 with base_mode():

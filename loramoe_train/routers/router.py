@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from loramoe_train.routing.context import RoutingContext
-from loramoe_train.routing.types import Chosen, Routing
+from loramoe_train.routing.types import Chosen, Origin, Routing
 
 Select = Callable[[Tensor], Tensor]  # p_NE -> bool (N, E)
 Normalise = Literal["softmax", "sigmoid"]
@@ -133,6 +133,11 @@ class Router(nn.Module):
         return self.score.linear if hasattr(self.score, "linear") and not self._jitters else None
 
     @property
+    def origin(self) -> Origin | None:
+        """What alone the decision depends on, where that is the example's task or domain; None: on the input."""
+        return getattr(self.score, "origin", None)
+
+    @property
     def most(self) -> int | None:
         """See `Policy.most`; of the present mode."""
         return self.policies[self.training].most
@@ -157,7 +162,7 @@ class Router(nn.Module):
             # torch's own generator, whose state a recomputation and the pass that collects statistics find again
             x_ND = x_ND.to(torch.promote_types(x_ND.dtype, torch.float32))
             x_ND = x_ND * torch.empty_like(x_ND).uniform_(1.0 - self.jitter, 1.0 + self.jitter)
-        return self.decide(self.score(x_ND))
+        return self.decide(self.score(x_ND) if self.origin is None else self.score(x_ND, context))
 
     def decide(self, logits_NE: Tensor) -> Routing:
         """The routing that follows from the scores; further dimensions may stand between N and E."""

@@ -7,13 +7,17 @@ decided. Three rules keep that honest:
   must find the same tokens. A layer in training mode that finds it closed raises.
 - Records are a dict by site, so a recomputed layer overwrites its record and nothing is counted twice.
 - In evaluation mode a closed context is fine: nothing is recorded, so a generation loop can just call the model.
+  Routing that depends on an example's task or domain must then be told whose examples are being answered (`serving`).
 """
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Literal
 
-from loramoe_train.routing.types import Routing, Tokens
+import torch
+from torch import Tensor
+
+from loramoe_train.routing.types import Origin, Routing, Tokens
 
 Mode = Literal["learned", "by_domain", "uniform", "off"]
 
@@ -28,6 +32,7 @@ class RoutingContext:
         self.passes = 0  # how often the context was opened: what was computed in one pass is not used in another
         self.on_close: list[Callable[[], None]] = []  # told when a pass has ended, also by an error
         self._tokens: Tokens | None = None
+        self._served: dict[Origin, int | None] = {"task": None, "domain": None}
 
     @property
     def is_open(self) -> bool:
@@ -62,6 +67,27 @@ class RoutingContext:
             yield
         finally:
             self.mode = before
+
+    @contextmanager
+    def serving(self, *, task: int | None = None, domain: int | None = None) -> Iterator[None]:
+        """Answer examples of one task or domain (indices of the mixture) for a while, whatever the tokens say."""
+        before, self._served = self._served, {"task": task, "domain": domain}
+        try:
+            yield
+        finally:
+            self._served = before
+
+    def origin(self, of: Origin, tokens: int, device: torch.device) -> Tensor:
+        """(N,) int64: the task or domain that each of the `tokens` tokens comes from, -1 on padding.
+
+        Raises RuntimeError where nobody told.
+        """
+        served = self._served[of]
+        if served is not None:
+            return torch.full((tokens,), served, dtype=torch.long, device=device)
+        if self._tokens is None:
+            raise RuntimeError(f"routing depends on the {of}: run the model inside `with context.serving({of}=INDEX):`")
+        return self._tokens.task_N if of == "task" else self._tokens.domain_N
 
     def record(self, site: str, routing: Routing) -> None:
         if self._tokens is not None:
