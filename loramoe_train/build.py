@@ -2,7 +2,7 @@
 
 import hashlib
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -168,7 +168,8 @@ def attach(
     if not plan and trains_base(config):
         return RoutedModel(model.requires_grad_(False), context, {}, {}, {})
     decisions = plan_decisions(plan, config.router.scope)
-    wide = [decision for decision in decisions.values() if decision.name not in plan]
+    width = model.get_input_embeddings().weight.shape[1]  # of what a block reads: its first site may read another
+    wide = [replace(decision, d_in=width) for decision in decisions.values() if decision.name not in plan]
     mixed = feed_forwards(config, model, plan)
     device = next(model.parameters()).device
     seats = {}
@@ -182,8 +183,8 @@ def attach(
         context=context,
         seats=seats,
     )
+    adapt_mixers(model, layers)  # first: it looks for the modules that hold the sites
     blocks = wrap_blocks(model, wide, seats, context, mixed)
-    adapt_mixers(model, layers)
     share_inputs(model, layers, context)
     for expert, adapter in enumerate(adapters):
         for name, pair in adapter.modules.items():
@@ -263,7 +264,7 @@ def check_parts_fit(config: RunConfig, plan: Mapping[str, ExpertSpec]) -> None:
     deciding = {(d.num_experts, d.top_k, d.d_in): d for d in plan_decisions(plan, config.router.scope).values()}
     for decision in deciding.values():
         router = make_router(decision, meta)
-        _check_router(config, router)
+        _check_router(config, router, whole)
         lonely = router is None and decision.num_experts == 1
         if whole and not lonely and not getattr(router, "sums_to_one", False):
             raise ConfigError(
@@ -287,8 +288,14 @@ def _check_bank(config: RunConfig, bank: ExpertBank) -> None:
         )
 
 
-def _check_router(config: RunConfig, router: nn.Module | None) -> None:
-    """Raise ConfigError for a router that cannot be asked for what the config wants."""
+def _check_router(config: RunConfig, router: nn.Module | None, whole: str | None) -> None:
+    """ConfigError where a router cannot be asked for what the config wants. `whole`: the bank that mixes outputs."""
+    scope, mixing = config.router.scope, config.experts.mixing
+    if getattr(router, "reads", "input") == "outputs" and (scope != "block" or mixing == "output" or whole):
+        raise ConfigError(
+            f"router.scope={scope}, experts.mixing={mixing}, experts.make={whole or 'default'}: a router that reads"
+            " what each expert adds needs router.scope=block, experts.mixing=delta and experts=default"
+        )
     if config.aux_loss and not getattr(router, "scores", True):
         name = next(iter(config.aux_loss))
         raise ConfigError(f"aux_loss.{name} needs a router that scores experts, and router.make does not; set none")

@@ -228,6 +228,7 @@ def evaluate_routed(
         seed=config.seed,
         base_mode=as_base,
         serving=lambda name: routed.context.serving(**served[name]),
+        reading=routed.context.open if routed.context.reads_prompts else None,
         accelerator=accelerator,
         on_result=keep,
     )
