@@ -2,7 +2,7 @@
 
 import hashlib
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +26,7 @@ from loramoe_train.models.sites import matches
 from loramoe_train.parts import build_part, takes
 from loramoe_train.routing.context import RoutingContext
 from loramoe_train.routing.seat import Owner, Seat
+from loramoe_train.routing.types import Origin
 from loramoe_train.schema.run import RunConfig
 from loramoe_train.training.parts import AuxTerm
 from loramoe_train.validation import check_layout, domains_of, trains_base
@@ -154,16 +155,22 @@ def attach(
     plan: Mapping[str, ExpertSpec],
     *,
     num_domains: int,
+    num_tasks: int | None = None,
     adapters: Sequence[LoraAdapter] = (),
 ) -> RoutedModel:
-    """Wrap the planned sites. What is fresh is seeded by (seed, site), whatever else the layout holds."""
+    """Wrap the planned sites. What is fresh is seeded by (seed, site), whatever else the layout holds.
+
+    Args:
+        num_domains, num_tasks: of the mixture that is trained on, or was. `num_tasks` None: that of the config.
+    """
     check_parts_fit(config, plan, model)
     context = RoutingContext(num_domains)
-    make_bank, make_router = _makers(config)
+    make_bank, make_router = _makers(config, num_domains=num_domains, num_tasks=num_tasks)
     if not plan and trains_base(config):
         return RoutedModel(model.requires_grad_(False), context, {}, {}, {})
     decisions = _decisions(config, plan, model)
-    wide = [decision for decision in decisions.values() if decision.name not in plan]
+    width = model.get_input_embeddings().weight.shape[1]  # of what a block reads: its first site may read another
+    wide = [replace(decision, d_in=width) for decision in decisions.values() if decision.name not in plan]
     mixed = feed_forwards(config, model, plan)
     device = next(model.parameters()).device
     seats, of_model = {}, config.router.scope == "model"
@@ -178,11 +185,11 @@ def attach(
         context=context,
         seats=seats,
     )
+    adapt_mixers(model, layers)  # first: it looks for the modules that hold the sites
     if of_model:
         blocks = add_first_passes(model, wide, seats, context)
     else:
         blocks = wrap_blocks(model, wide, seats, context, mixed)
-    adapt_mixers(model, layers)
     share_inputs(model, layers, context)
     for expert, adapter in enumerate(adapters):
         for name, pair in adapter.modules.items():
@@ -203,7 +210,9 @@ def _decisions(
     return plan_decisions(plan, router.scope, per_site=router.per_site, width=width)
 
 
-def _makers(config: RunConfig) -> tuple[MakeBank, Callable[[DecisionSpec, torch.device], nn.Module | None]]:
+def _makers(
+    config: RunConfig, *, num_domains: int, num_tasks: int | None = None
+) -> tuple[MakeBank, Callable[[DecisionSpec, torch.device], nn.Module | None]]:
     """How banks and routers are made. Random numbers depend on the seed and the site's name alone."""
 
     whole = config.experts.mixing == "output"
@@ -230,6 +239,7 @@ def _makers(config: RunConfig) -> tuple[MakeBank, Callable[[DecisionSpec, torch.
             return None
         facts = {"d_in": decision.d_in, "num_experts": decision.num_experts, "top_k": decision.top_k}
         facts["heads"] = len(decision.sites) if decision.per_site else None
+        facts |= {"num_domains": num_domains, "num_tasks": len(config.data.tasks) if num_tasks is None else num_tasks}
         router = make(config.router.make, "router.make", decision.name, device, **facts)
         if whole:
             check_weights(router)
@@ -262,7 +272,7 @@ def check_fit(config: RunConfig, plan: Mapping[str, ExpertSpec], model: nn.Modul
 
 def check_parts_fit(config: RunConfig, plan: Mapping[str, ExpertSpec], model: nn.Module | None = None) -> None:
     """The same for routers and banks alone, and whether they go together."""
-    (make_bank, make_router), meta = _makers(config), torch.device("meta")
+    (make_bank, make_router), meta = _makers(config, num_domains=len(domains_of(config))), torch.device("meta")
     kinds = {(s.site.in_features, s.site.out_features, s.ranks, s.scales, s.top_k): s for s in plan.values()}
     banks = [make_bank(spec, meta) for spec in kinds.values()]
     for bank in banks:
@@ -271,6 +281,7 @@ def check_parts_fit(config: RunConfig, plan: Mapping[str, ExpertSpec], model: nn
     deciding = {(d.num_experts, d.top_k, d.d_in): d for d in _decisions(config, plan, model).values()}
     for decision in deciding.values():
         router = make_router(decision, meta)
+        _check_router(config, router, whole)
         lonely = router is None and decision.num_experts == 1
         if whole and not lonely and not getattr(router, "sums_to_one", False):
             raise ConfigError(
@@ -292,3 +303,42 @@ def _check_bank(config: RunConfig, bank: ExpertBank) -> None:
         raise ConfigError(
             f"experts.adapters: imported LoRAs cannot become experts of experts.make={name}; use experts=default"
         )
+
+
+def _check_router(config: RunConfig, router: nn.Module | None, whole: str | None) -> None:
+    """ConfigError where a router cannot be asked for what the config wants. `whole`: the bank that mixes outputs."""
+    scope, mixing = config.router.scope, config.experts.mixing
+    if getattr(router, "reads", "input") == "outputs" and (scope != "block" or mixing == "output" or whole):
+        raise ConfigError(
+            f"router.scope={scope}, experts.mixing={mixing}, experts.make={whole or 'default'}: a router that reads"
+            " what each expert adds needs router.scope=block, experts.mixing=delta and experts=default"
+        )
+    if config.aux_loss and not getattr(router, "scores", True):
+        name = next(iter(config.aux_loss))
+        raise ConfigError(f"aux_loss.{name} needs a router that scores experts, and router.make does not; set none")
+
+
+def static_routes(
+    config: RunConfig,
+    plan: Mapping[str, ExpertSpec],
+    tensors: Mapping[str, Tensor],
+    origin: Origin,
+    index: int,
+    *,
+    num_domains: int,
+    num_tasks: int,
+) -> dict[str, list[float]] | None:
+    """Site -> the weights that its router, with the stored `tensors`, gives the experts for every token of one task or
+    domain; None where the routers depend on anything else. Sites without a router are left out."""
+    _, make_router = _makers(config, num_domains=num_domains, num_tasks=num_tasks)
+    context, found = RoutingContext(num_domains), {}
+    for decision in plan_decisions(plan, config.router.scope).values():
+        router = make_router(decision, torch.device("cpu"))
+        if getattr(router, "origin", None) != origin:
+            return None
+        prefix = f"{decision.name}.router."
+        router.load_state_dict({n.removeprefix(prefix): t for n, t in tensors.items() if n.startswith(prefix)})
+        with torch.no_grad(), context.serving(**{origin: index}):
+            (weights_E,) = router.eval()(torch.zeros(1, decision.d_in), context).weights_NE
+        found.update(dict.fromkeys(decision.sites, weights_E.tolist()))
+    return found

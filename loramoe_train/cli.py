@@ -92,7 +92,7 @@ def export() -> None:
 
     def job() -> None:
         if len(sys.argv) < 2 or sys.argv[1] in ("-h", "--help"):
-            print("loramoe-export RUN_OR_ADAPTER NEW_FOLDER route=uniform|all|expert:NUMBER|domain:NAME")
+            print("loramoe-export RUN_OR_ADAPTER NEW_FOLDER route=uniform|all|expert:NUMBER|domain:NAME|task:NAME")
             return
         from loramoe_train.export import export
 

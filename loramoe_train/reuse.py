@@ -68,10 +68,12 @@ def evaluate_folder(folder: Path, overrides: Sequence[str]) -> None:
     if not config.eval.enabled:
         config = config.model_copy(update={"eval": config.eval.model_copy(update={"enabled": True})})
 
-    from loramoe_train.settle import settle
+    from loramoe_train.serving import served_by
+    from loramoe_train.settle import benchmark_names, settle
 
     started = time.perf_counter()
     settle(config, trains=False)
+    served = served_by(config, benchmark_names(config), tasks=manifest["tasks"], domains=manifest["domains"])
 
     from loramoe_train.models import load_tokenizer
     from loramoe_train.run import evaluate_routed, finish, on_cpu, rebuild
@@ -83,7 +85,7 @@ def evaluate_folder(folder: Path, overrides: Sequence[str]) -> None:
     accelerator = make_accelerator(config.trainer.model_copy(update={"trackers": []}), out, cpu=on_cpu())
     routed = rebuild(config, adapter, manifest, device=accelerator.device)
     console = screen(stderr=True) if accelerator.is_main_process else None
-    outcome = evaluate_routed(config, routed, load_tokenizer(config.model), out, accelerator, console)
+    outcome = evaluate_routed(config, routed, load_tokenizer(config.model), out, accelerator, console, served=served)
     if accelerator.is_main_process:
         earlier = _earlier_results(out)
         outcome["scores"] = {**earlier.get("scores", {}), **outcome["scores"]}

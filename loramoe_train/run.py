@@ -2,7 +2,7 @@
 
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
@@ -42,6 +42,7 @@ from loramoe_train.models import (
 from loramoe_train.rundir import RESULTS, claim, default_run_dir, newest_checkpoint, released_on_failure
 from loramoe_train.schema.run import RunConfig
 from loramoe_train.screen import quiet_libraries, screen
+from loramoe_train.serving import Served, check_same_origins, served_by
 from loramoe_train.settle import Settled, benchmark_names, settle
 from loramoe_train.training.accelerator import make_accelerator, start_trackers
 from loramoe_train.training.loop import fit
@@ -97,7 +98,9 @@ def train_run(config: RunConfig, settled: Settled) -> None:
             _say(console, f"note: {cut} examples of {task} were cut to data.max_length={config.data.max_length} tokens")
     if state.is_main_process:
         ready.parts.save_adapter(run_dir, ready.parts.adapter_tensors())
-    outcome = evaluate_routed(config, ready.routed, ready.tokenizer, run_dir, accelerator, console)
+    mixture = {"tasks": ready.mixture.task_names, "domains": ready.mixture.domain_names}
+    served = served_by(config, benchmark_names(config), **mixture) if config.eval.enabled else {}
+    outcome = evaluate_routed(config, ready.routed, ready.tokenizer, run_dir, accelerator, console, served=served)
     if state.is_main_process:
         extra = {"training": summary.plain(), "run_dir": str(run_dir), "command": sys.argv, **_recipe()}
         finish(config, run_dir, outcome, time.perf_counter() - started, extra)
@@ -148,7 +151,10 @@ def prepare(config: RunConfig, settled: Settled, *, device: Any) -> Prepared:
         load_adapter=lambda folder: load_adapter(folder, routed, identity, key="resume"),
     )
     if config.init_from is not None:
-        load_adapter(adapter_files.find_adapter(config.init_from, "init_from"), routed, identity, key="init_from")
+        folder = adapter_files.find_adapter(config.init_from, "init_from")
+        mixed = {"tasks": mixture.task_names, "domains": mixture.domain_names}
+        check_same_origins(config, adapter_files.read_manifest(folder), f"init_from={config.init_from}", **mixed)
+        load_adapter(folder, routed, identity, key="init_from")
     return Prepared(routed, tokenizer, mixture, parts, stages, (*mixture.notes, *notes))
 
 
@@ -170,7 +176,9 @@ def build_routed(config: RunConfig, domains: Sequence[str], *, device: Any) -> R
 def rebuild(config: RunConfig, folder: Path, manifest: dict[str, Any], *, device: Any) -> RoutedModel:
     """The routed model of an adapter folder, from its manifest: no other file is needed but the base."""
     model = load_model(config.model, device=device)
-    routed = attach(config, model, adapter_files.plan_of(manifest), num_domains=len(manifest["domains"]))
+    mixture = {"num_domains": len(manifest["domains"]), "num_tasks": len(manifest["tasks"])}
+    routed = attach(config, model, adapter_files.plan_of(manifest), **mixture)
+    routed.context.mode = list(config.trainer.stages.values())[-1].routing  # as it was evaluated after training
     load_adapter(folder, routed, base_identity(config.model), key="adapter")
     return routed
 
@@ -184,10 +192,20 @@ def load_adapter(folder: Path, routed: RoutedModel, identity: dict[str, Any], *,
 
 
 def evaluate_routed(
-    config: RunConfig, routed: RoutedModel, tokenizer: Any, folder: Path, accelerator: Any, console: Console | None
+    config: RunConfig,
+    routed: RoutedModel,
+    tokenizer: Any,
+    folder: Path,
+    accelerator: Any,
+    console: Console | None,
+    *,
+    served: Mapping[str, Served],
 ) -> dict[str, Any]:
     """Benchmarks of the routed model and of its base, which is the same model with the experts switched off; where the
-    base itself was trained, with the weights that it had before."""
+    base itself was trained, with the weights that it had before.
+
+    `served`: benchmark -> whose experts answer it, where that matters.
+    """
     if not config.eval.enabled:
         return {"scores": {}, "skipped": {"all": "eval.enabled=false"}}
     names = benchmark_names(config)
@@ -209,6 +227,8 @@ def evaluate_routed(
         data_root=config.data.root,
         seed=config.seed,
         base_mode=as_base,
+        serving=lambda name: routed.context.serving(**served[name]),
+        reading=routed.context.open if routed.context.reads_prompts else None,
         accelerator=accelerator,
         on_result=keep,
     )

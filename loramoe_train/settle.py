@@ -15,6 +15,7 @@ from loramoe_train.evaluation.check import check_benchmarks
 from loramoe_train.models.architecture import max_positions, num_layers, read_architecture
 from loramoe_train.models.files import model_folder
 from loramoe_train.schema.run import RunConfig
+from loramoe_train.serving import served_by
 from loramoe_train.training.stages import plan_stages
 from loramoe_train.validation import check_layout, domains_of, trains_base
 
@@ -67,6 +68,8 @@ def settle(config: RunConfig, *, check_files: bool = True, trains: bool = True) 
         _check_compilable(config)
         if check_files:
             _check_compiler()
+    if config.eval.enabled and trains:
+        served_by(config, benchmark_names(config), tasks=config.data.tasks, domains=domains)
     if check_files:
         model_folder(config.model)
         if config.eval.enabled:

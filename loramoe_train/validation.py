@@ -14,7 +14,7 @@ from loramoe_train.experts.layouts import expand_layout, per_layer
 from loramoe_train.parts import check_part, takes
 from loramoe_train.schema.run import RunConfig
 
-ROUTER_FACTS = ("d_in", "num_experts", "top_k", "heads", "device", "generator")
+ROUTER_FACTS = ("d_in", "num_experts", "top_k", "heads", "num_tasks", "num_domains", "device", "generator")
 AUX_FACTS = ("top_k", "num_experts", "tasks", "num_domains")
 BANK_FACTS = ("d_in", "d_out", "ranks", "scales", "dropout", "device", "generator")
 
@@ -124,7 +124,8 @@ def check_layout(
         elif str(experts.layout) == "0" and trains_base(config):
             counts = [0] * num_layers
         else:
-            counts = expand_layout(experts.layout, num_layers, num_domains=len(domains))
+            mixture = {"num_domains": len(domains), "num_tasks": len(config.data.tasks)}
+            counts = expand_layout(experts.layout, num_layers, **mixture)
     except ValueError as error:
         raise ConfigError(f"experts.layout={_shown(experts.layout)} {error}") from error
     if trains_base(config):

@@ -8,12 +8,18 @@ from torch import nn
 from loramoe_train.routing.context import RoutingContext
 
 
-def check_router(make: Callable[[int, int], nn.Module], *, sums_to_one: bool = True, seeds: int = 3) -> None:
+def check_router(
+    make: Callable[[int, int], nn.Module],
+    *,
+    sums_to_one: bool = True,
+    seeds: int = 3,
+    make_context: Callable[[], RoutingContext] = RoutingContext,
+) -> None:
     """Finite non-negative float32 weights; a token ignores its neighbours; gradient reaches every parameter."""
     for seed in range(seeds):
         for tokens, d_in, experts in ((0, 4, 3), (1, 4, 1), (7, 6, 5)):
             torch.manual_seed(seed)
-            router, context = make(d_in, experts), RoutingContext()
+            router, context = make(d_in, experts), make_context()
             for parameter in router.parameters():
                 nn.init.normal_(parameter)
             x = torch.randn(tokens, d_in)
@@ -29,6 +35,8 @@ def check_router(make: Callable[[int, int], nn.Module], *, sums_to_one: bool = T
                 assert router(x.bfloat16(), context).weights_NE.dtype == torch.float32
             if tokens > 1 and experts > 1:
                 router.train()
-                (router(x, context).weights_NE * torch.randn(tokens, experts)).sum().backward()
+                total = (router(x, context).weights_NE * torch.randn(tokens, experts)).sum()
+                if total.requires_grad:  # else there is nothing to learn
+                    total.backward()
                 for name, parameter in router.named_parameters():
                     assert parameter.grad is not None and parameter.grad.abs().sum() > 0, name

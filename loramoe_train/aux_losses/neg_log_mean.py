@@ -32,7 +32,7 @@ class NegLogMean(AdditiveLoss):
         """Raises ValueError for unknown names, or a pool of sites with different numbers of experts."""
         self.pool = one_of("pool", pool, "site", "layer", "model")
         self.mean = one_of("reduction", reduction, "mean", "sum") == "mean"
-        self.mask = one_of("tokens", tokens, "valid", "supervised")
+        self.mask = one_of("tokens", tokens, "valid", "supervised", "example")
         check_pools(num_experts, self.pool)
         if num_experts:
             sizes = [num_experts[sites[0]] for sites in pools_of(num_experts, self.pool)]

@@ -18,7 +18,7 @@ from torch import Tensor
 from loramoe_train.routing.layers import layer_of
 from loramoe_train.routing.types import Routing, Tokens
 
-Mask = Literal["valid", "supervised"]
+Mask = Literal["valid", "supervised", "example"]
 
 
 @dataclass(frozen=True)
@@ -58,10 +58,18 @@ def one_of(name: str, value: str, *allowed: str) -> str:
 
 
 def token_mask(tokens: Tokens, which: str, records: Mapping[str, Routing]) -> Tensor:
-    """(N,) in the dtype of the logits (float32 in training): 1 where a token counts."""
-    counted_N = tokens.valid_N if which == "valid" else tokens.supervised_N
+    """(N,) in the dtype of the logits (float32 in training): 1 where a token counts; for `example` every example counts
+    once, its tokens in equal parts. Raises ValueError for that where the batch does not tell its examples apart.
+    """
+    counted_N = tokens.supervised_N if which == "supervised" else tokens.valid_N
     logits_NE = next(iter(records.values())).logits_NE
-    return counted_N.to(torch.float32 if logits_NE is None else logits_NE.dtype)
+    mask_N = counted_N.to(torch.float32 if logits_NE is None else logits_NE.dtype)
+    if which != "example":
+        return mask_N
+    _check_told_apart(tokens)
+    example_N = tokens.sample_N.masked_fill(~counted_N, tokens.num_samples)  # padding is one more
+    length_B = mask_N.new_zeros(tokens.num_samples + 1).index_add(0, example_N, mask_N)
+    return mask_N / length_B.index_select(0, example_N).clamp(min=1.0)
 
 
 def sites_by_experts(records: Mapping[str, Routing]) -> dict[int, list[str]]:
@@ -171,7 +179,11 @@ def by_sample(tokens: Tokens, mask_N: Tensor) -> Tensor:
 
     Raises ValueError where the batch does not tell its examples apart.
     """
-    if tokens.sample_N is None:
-        raise ValueError("a loss over examples needs Tokens.sample_N, and this batch does not tell its examples apart")
+    _check_told_apart(tokens)
     numbers_B1 = torch.arange(tokens.num_samples, device=mask_N.device).view(-1, 1)
     return (numbers_B1 == tokens.sample_N).to(mask_N.dtype) * mask_N
+
+
+def _check_told_apart(tokens: Tokens) -> None:
+    if tokens.sample_N is None:
+        raise ValueError("a loss over examples needs Tokens.sample_N, and this batch does not tell its examples apart")

@@ -9,7 +9,7 @@ import logging
 import random
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -25,10 +25,12 @@ from loramoe_train.errors import ConfigError, DataError, MissingFileError, OutOf
 from loramoe_train.evaluation import definitions
 from loramoe_train.evaluation.check import Planned, Selection, check_benchmarks, check_length, fetch_command
 from loramoe_train.evaluation.comparison import paired_score
+from loramoe_train.evaluation.prompts import KnownPrompts
 from loramoe_train.evaluation.samples import tidy_samples
 from loramoe_train.evaluation.state import max_positions, preserved
 from loramoe_train.evaluation.statistics import standard_error
 from loramoe_train.evaluation.types import BenchmarkResult, Progress, Side
+from loramoe_train.routing.types import Tokens
 from loramoe_train.schema.evaluation import EvalConfig
 
 log = logging.getLogger(__name__)
@@ -37,6 +39,8 @@ log = logging.getLogger(__name__)
 FEWSHOT_SEED = 1234
 
 BaseMode = Callable[[], AbstractContextManager[Any]]
+Serving = Callable[[str], AbstractContextManager[Any]]
+Reading = Callable[[Tokens], AbstractContextManager[Any]]
 
 
 def evaluate(
@@ -77,6 +81,8 @@ def compare(
     data_root: str | None,
     seed: int,
     base_mode: BaseMode | None,
+    serving: Serving = lambda benchmark: nullcontext(),
+    reading: Reading | None = None,
     progress: Progress | None = None,
     accelerator: Any = None,
     on_result: Callable[[Side, BenchmarkResult], None] | None = None,
@@ -85,6 +91,9 @@ def compare(
 
     Args:
         base_mode: makes a context manager in which the model behaves as its base; None: no base scores.
+        serving: makes one, from a benchmark's name, in which the tuned model knows whose examples it answers.
+        reading: makes one, from what is known of a batch, in which the model scores given answers: for routing that
+            must not look at those. None: nothing needs to be known.
         on_result: gets each result as soon as it is there, on every process; for example to store its samples.
 
     Returns:
@@ -93,9 +102,12 @@ def compare(
     """
     tell = on_result or (lambda side, result: None)
     with _session(model, tokenizer, benchmarks, config, data_root, seed, progress, accelerator) as session:
+        session.lm.reading = reading
         scores = {}
         for planned in session.selection.planned:
-            tuned, base = session.run(planned, "tuned"), None
+            base = None
+            with serving(planned.benchmark.name):
+                tuned = session.run(planned, "tuned")
             tell("tuned", tuned)
             if config.base and base_mode is not None:
                 with base_mode():
@@ -256,6 +268,8 @@ class _InMemoryModel(HFLM):
         self._progress = progress
         self._name, self._side, self._done, self._total, self._truncated = "", "tuned", 0, 0, 0
         self._distinct: Iterable[int] = ()
+        self.reading: Reading | None = None
+        self._prompts: KnownPrompts | None = None
         self.set_cache_hook(self)  # lm-eval tells its cache about each finished request; we want to know no more
         if accelerator is not None:
             self.accelerator = accelerator
@@ -289,7 +303,12 @@ class _InMemoryModel(HFLM):
                 )
             # the last token is only predicted, never read
             self._truncated += len(context) + len(continuation) > self.max_length + 1
+        self._prompts = None if self.reading is None else KnownPrompts(requests, self.max_length)
         return super()._loglikelihood_tokens(requests, *args, **kwargs)
+
+    def _model_call(self, inps: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        with nullcontext() if self._prompts is None else self.reading(self._prompts.tokens(inps)):
+            return super()._model_call(inps, *args, **kwargs)
 
     def generate_until(self, requests: list[Any], disable_tqdm: bool = False) -> list[str]:
         self._begin(requests, self._batch_sizes[1])

@@ -36,7 +36,7 @@ class RoutedBlock(nn.Module):
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         if self.context.mode == "off":
             return self.base(*args, **kwargs)
-        routing = self.decide(args[0] if args else kwargs["hidden_states"])
+        routing = self.route(args, kwargs)
         self.record(routing)
         self.seat.put(routing)
         result = self.base(*args, **kwargs)
@@ -49,6 +49,10 @@ class RoutedBlock(nn.Module):
             return super().__getattr__(name)
         except AttributeError:
             return getattr(super().__getattr__("base"), name)
+
+    def route(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Routing:
+        """The routing of the tokens that the module is called with."""
+        return self.decide(args[0] if args else kwargs["hidden_states"])
 
     def record(self, routing: Routing) -> None:
         """Tell the context; compiled code leaves the decision here for whoever called it."""

@@ -1,10 +1,10 @@
 """Static routes folded into one LoRA: where every token gets the same weights, experts are one adapter of their summed
 rank, `delta = sum_e w_e s_e up_e^T down_e = (rows of up, times w s)^T (rows of down)`, exactly.
 
-That serves what needs no router at inference: the expert of one domain (hard or task-gated routing), one expert, or the
-uniform average. The result is a plain PEFT folder that any program can merge or serve. Plain LoRA beside a mixture goes
-along with every route. Of experts that are copies of whole blocks only one at a time is a LoRA: an activation stands
-between their factors.
+That serves what needs no router at inference: the experts of one task or domain (hard routing, or a learned gate on the
+task), one expert, or the uniform average. The result is a plain PEFT folder that any program can merge or serve. Plain
+LoRA beside a mixture goes along with every route. Of experts that are copies of whole blocks only one at a time is a
+LoRA: an activation stands between their factors.
 
 Legend: R sum of the ranks used, D in, O out.
 """
@@ -23,7 +23,8 @@ Route = Sequence[float]  # one weight per expert
 
 
 def route_weights(route: str, *, experts: int, domains: Sequence[str]) -> list[float]:
-    """The weights of a static route: `uniform`, `all` (1 each), `expert:NUMBER` or `domain:NAME`.
+    """The weights of a static route: `uniform`, `all` (1 each), `expert:NUMBER` or `domain:NAME` (its
+    own experts, see `domain_table`).
 
     Raises ConfigError for another route, an expert that the layer does not have, or an unknown domain.
     """
@@ -40,37 +41,43 @@ def route_weights(route: str, *, experts: int, domains: Sequence[str]) -> list[f
         if value not in domains:
             raise ConfigError(f"route={route}: no such domain{nearest(value, domains)}")
         return domain_table(len(domains), experts)[list(domains).index(value)].tolist()
-    raise ConfigError(f"route={route}: write uniform, all, expert:NUMBER or domain:NAME")
+    if kind == "task" and value:
+        raise ConfigError(f"route={route}: these routers do not decide by the task; write uniform or domain:NAME")
+    raise ConfigError(f"route={route}: write uniform, all, expert:NUMBER, domain:NAME or task:NAME")
 
 
 def fold(
     plan: Mapping[str, ExpertSpec],
     tensors: Mapping[str, Tensor],
-    route: str,
+    route: str | Mapping[str, Route],
     *,
-    domains: Sequence[str],
+    domains: Sequence[str] = (),
     whole_blocks: bool = False,
 ) -> dict[str, LoraFactors]:
     """Site -> one pair of factors. `tensors` are those of an adapter folder: `SITE.bank.down` and `SITE.bank.up`.
 
-    `whole_blocks`: experts.mixing=output; raises ConfigError for a route that gives weight to several experts then, and
-    where experts with magnitudes would be mixed.
+    Args:
+        route: see `route_weights`; or the weights by site.
+        whole_blocks: experts.mixing=output; raises ConfigError for a route that gives weight to several experts then,
+            and where experts with magnitudes would be mixed.
     """
     folded = {}
     for site, spec in plan.items():
-        weights = [1.0] * spec.num_experts
+        weights: Route = [1.0] * spec.num_experts
         magnitudes_EO = tensors.get(f"{site}.bank.magnitude")
         if spec.routed:
-            weights = route_weights(route, experts=spec.num_experts, domains=domains)
+            named = isinstance(route, str)
+            weights = route_weights(route, experts=spec.num_experts, domains=domains) if named else route[site]
+            said = f"route={route}" if named else "the routers' own route"
             single = sorted(weights) == [0.0] * (spec.num_experts - 1) + [1.0]
             if whole_blocks and not single:
                 raise ConfigError(
-                    f"route={route} gives weight to several experts, but they are copies of whole blocks"
+                    f"{said} gives weight to several experts, but they are copies of whole blocks"
                     " (experts.mixing=output), whose sum is no LoRA; name one of them, such as route=expert:0"
                 )
             if magnitudes_EO is not None and not single:
                 raise ConfigError(
-                    f"route={route}: {site} has experts with magnitudes, and a mixture of those is no LoRA; name one of"
+                    f"{said}: {site} has experts with magnitudes, and a mixture of those is no LoRA; name one of"
                     " them, such as route=expert:0"
                 )
         factors = [weight * scale for weight, scale in zip(weights, spec.scales, strict=True)]

@@ -13,6 +13,7 @@ from loramoe_train.experts.feed_forward import FeedForward
 from loramoe_train.experts.linear import ExpertLinear, share
 from loramoe_train.experts.mixed_block import MixedBlock
 from loramoe_train.experts.plan import ExpertSpec
+from loramoe_train.experts.probed import ProbedBlock
 from loramoe_train.routing.context import RoutingContext
 from loramoe_train.routing.seat import Owner, Seat
 
@@ -76,11 +77,16 @@ def wrap_blocks(
         parent_name, _, attribute = decision.name.rpartition(".")
         parent = model.get_submodule(parent_name)
         base, shape = parent.get_submodule(attribute), mixed.get(decision.name)
-        facts = {"seat": seats[decision.sites[0]], "num_experts": decision.num_experts, "context": context}
-        block = RoutedBlock(base, **facts) if shape is None else MixedBlock(base, shape=shape, **facts)
+        seat = seats[decision.sites[0]]
+        facts = {"seat": seat, "num_experts": decision.num_experts, "context": context}
+        plain = ProbedBlock if getattr(seat.router, "reads", "input") == "outputs" else RoutedBlock
+        block = plain(base, **facts) if shape is None else MixedBlock(base, shape=shape, **facts)
         block.train(model.training)
         setattr(parent, attribute, block)
         blocks[decision.name] = block
+    if any(isinstance(block, ProbedBlock) for block in blocks.values()):
+        context.reads_prompts = True
+        context.sequences.watch(model.base_model)
     return blocks
 
 

@@ -10,7 +10,7 @@ import re
 from collections.abc import Sequence
 from itertools import combinations
 
-PER_DOMAIN = "per_domain"
+PER_DOMAIN, PER_TASK = "per_domain", "per_task"
 
 
 def group_code(layout: int | str) -> tuple[int, ...] | None:
@@ -39,16 +39,19 @@ def expand_code(code: Sequence[int], num_layers: int) -> list[int]:
     return [count for g, count in enumerate(code) for _ in range(size + (g in longer))]
 
 
-def expand_layout(layout: int | str | Sequence[int], num_layers: int, *, num_domains: int | None = None) -> list[int]:
+def expand_layout(
+    layout: int | str | Sequence[int], num_layers: int, *, num_domains: int | None = None, num_tasks: int | None = None
+) -> list[int]:
     """Experts per layer. Raises ValueError (to be prefixed with the key) when the notation does not fit the model.
 
     A count of zero leaves a layer without experts.
     """
     if isinstance(layout, int | str):
-        if layout == PER_DOMAIN:
-            if num_domains is None:
-                raise ValueError(f"{PER_DOMAIN} needs a mixture of tasks")
-            return [num_domains] * num_layers
+        if layout in (PER_DOMAIN, PER_TASK):
+            count = num_domains if layout == PER_DOMAIN else num_tasks
+            if count is None:
+                raise ValueError(f"{layout} needs a mixture of tasks")
+            return [count] * num_layers
         code = group_code(layout)
         if code is not None:
             counts = expand_code(code, num_layers)
@@ -57,7 +60,7 @@ def expand_layout(layout: int | str | Sequence[int], num_layers: int, *, num_dom
         else:
             raise ValueError(
                 f"'{layout}' is no layout; give a count (8), a group code (2468 or 10-2-2-2), one count per layer"
-                f" ([2,2,4,...]), or {PER_DOMAIN}"
+                f" ([2,2,4,...]), {PER_DOMAIN} or {PER_TASK}"
             )
     else:
         counts = per_layer(layout, num_layers)

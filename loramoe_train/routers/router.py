@@ -6,6 +6,7 @@
     w      = p on the kept experts: as it is, divided by its sum, or 1
 
 With `jitter` the score sees, in training alone, each number of x times its own factor from U(1 - jitter, 1 + jitter).
+The temperature is fixed or learned.
 
 A token's weights depend on that token alone. LoRA-Mixer (arXiv 2507.00029): linear score, softmax; all experts while
 training, top-k renormalised at inference. MoLA, MixLoRA: top-k renormalised in both. LoRAMoE: all experts in both.
@@ -13,6 +14,7 @@ training, top-k renormalised at inference. MoLA, MixLoRA: top-k renormalised in 
 Legend: N tokens, D in, E experts, K kept of a token.
 """
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from inspect import isfunction
@@ -22,7 +24,7 @@ import torch
 from torch import Tensor, nn
 
 from loramoe_train.routing.context import RoutingContext
-from loramoe_train.routing.types import Chosen, Routing
+from loramoe_train.routing.types import Chosen, Origin, Routing
 
 Select = Callable[[Tensor], Tensor]  # p_NE -> bool (N, E)
 Normalise = Literal["softmax", "sigmoid"]
@@ -115,8 +117,11 @@ class Router(nn.Module):
         evaluate: Policy,
         normalise: Normalise = "softmax",
         temperature: float = 1.0,
+        learn_temperature: bool = False,
         jitter: float = 0.0,
+        device: torch.device | str | None = None,
     ) -> None:
+        """`learn_temperature`: start from `temperature`; its logarithm is what is learned, so it stays positive."""
         super().__init__()
         if temperature <= 0:
             raise ValueError(f"temperature must be positive, got {temperature}")
@@ -126,11 +131,25 @@ class Router(nn.Module):
             raise ValueError(f"normalise must be softmax or sigmoid, got '{normalise}'")
         self.score, self.normalise, self.temperature, self.jitter = score, normalise, temperature, jitter
         self.policies = {True: train, False: evaluate}
+        self.log_temperature: nn.Parameter | None = None
+        if learn_temperature:
+            start = torch.full((), math.log(temperature), device=device, dtype=torch.float32)
+            self.log_temperature = nn.Parameter(start)
 
     @property
     def linear_score(self) -> tuple[Tensor, Tensor | None] | None:
         """(weight (E, D), bias) where the logits before the temperature are a linear map of the input in float32."""
         return self.score.linear if hasattr(self.score, "linear") and not self._jitters else None
+
+    @property
+    def reads(self) -> Literal["input", "outputs"]:
+        """What it is asked with: tokens (N, D), or the experts' outputs on whole sequences (Q, E, D)."""
+        return getattr(self.score, "reads", "input")
+
+    @property
+    def origin(self) -> Origin | None:
+        """What alone the decision depends on, where that is the example's task or domain; None: on the input."""
+        return getattr(self.score, "origin", None)
 
     @property
     def most(self) -> int | None:
@@ -148,7 +167,9 @@ class Router(nn.Module):
 
     def is_like(self, other: nn.Module) -> bool:
         """Whether both make the same weights of the same logits, so that they can be asked together."""
-        if type(self) is not type(other) or (self.normalise, self.temperature) != (other.normalise, other.temperature):
+        if type(self) is not type(other) or self.log_temperature is not None or other.log_temperature is not None:
+            return False
+        if (self.normalise, self.temperature) != (other.normalise, other.temperature):
             return False
         return all(self.policies[mode].is_like(other.policies[mode]) for mode in self.policies)
 
@@ -157,16 +178,17 @@ class Router(nn.Module):
             # torch's own generator, whose state a recomputation and the pass that collects statistics find again
             x_ND = x_ND.to(torch.promote_types(x_ND.dtype, torch.float32))
             x_ND = x_ND * torch.empty_like(x_ND).uniform_(1.0 - self.jitter, 1.0 + self.jitter)
-        return self.decide(self.score(x_ND))
+        return self.decide(self.score(x_ND) if self.origin is None else self.score(x_ND, context))
 
     def decide(self, logits_NE: Tensor) -> Routing:
         """The routing that follows from the scores; further dimensions may stand between N and E."""
-        if self.temperature != 1.0:
-            logits_NE = logits_NE / self.temperature
-        return self.policies[self.training](logits_NE, self.normalise)
+        return self.policies[self.training](self._cooled(logits_NE), self.normalise)
 
     def few(self, logits_NE: Tensor) -> Chosen:
         """What `decide` chooses, alone: for decoding. Only where `most` is not None."""
-        if self.temperature != 1.0:
-            logits_NE = logits_NE / self.temperature
-        return self.policies[self.training].few(logits_NE, self.normalise)
+        return self.policies[self.training].few(self._cooled(logits_NE), self.normalise)
+
+    def _cooled(self, logits_NE: Tensor) -> Tensor:
+        if self.log_temperature is not None:
+            return logits_NE / self.log_temperature.exp()
+        return logits_NE if self.temperature == 1.0 else logits_NE / self.temperature

@@ -44,7 +44,8 @@ def domain_routing(domain_N: Tensor, num_domains: int, num_experts: int) -> Rout
 def fixed_routing(x_ND: Tensor, num_experts: int, context: RoutingContext) -> Routing | None:
     """The decision of a mode that asks no router; None where a router is asked (mode `learned`)."""
     if context.mode == "by_domain":
-        return domain_routing(context.tokens.domain_N, context.num_domains, num_experts)
+        domain_N = context.origin("domain", len(x_ND), x_ND.device)
+        return domain_routing(domain_N, context.num_domains, num_experts)
     return Routing(uniform_weights(x_ND, num_experts)) if context.mode == "uniform" else None
 
 

@@ -4,9 +4,12 @@ Legend: B rows, S positions, N = B * S tokens, E experts, K experts that a token
 """
 
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor
+
+Origin = Literal["task", "domain"]  # where an example comes from: its task in the mixture, or the task's domain
 
 
 @dataclass(frozen=True)

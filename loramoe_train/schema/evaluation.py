@@ -12,6 +12,8 @@ class EvalConfig(Strict):
 
     enabled: bool = True  # at the end of training
     tasks: list[str] | None = None  # benchmark names; null: those of the mixture's tasks
+    # benchmark -> task whose experts answer it, where routing depends on the task and no one task's lm_eval says so
+    serve_as: dict[str, str] = Field(default_factory=dict)
     base: bool = True  # score the untuned base too
     limit: int | None = Field(default=None, gt=0)  # examples per benchmark; null: all
     num_fewshot: int | None = Field(default=None, ge=0)  # null: the benchmark's own number

@@ -18,7 +18,7 @@ class PlainConfig(Strict):
 class ExpertsConfig(Strict):
     """The expert layout and the shape of one expert."""
 
-    layout: int | str | list[int] = 8  # one count, a group code such as "2468", a list per layer, or per_domain
+    layout: int | str | list[int] = 8  # one count, a code such as "2468", a list per layer, per_domain or per_task
     rank: int | list[int] = Field(default=8)  # one rank, or one per layer
     alpha: float = Field(default=16.0, gt=0)
     scale: Literal["alpha_over_rank", "alpha_over_sqrt_rank", "constant"] = "alpha_over_rank"  # constant: alpha itself

@@ -66,6 +66,7 @@ LOSSES = [
     RoutingEntropy(kind="renyi", order=2.0, normalised=False),
     GateSupervision(num_domains=4),
     NegLogMean(),
+    NegLogMean(tokens="example"),
 ]
 every_loss = pytest.mark.parametrize("loss", LOSSES, ids=lambda loss: type(loss).__name__)
 

@@ -169,6 +169,14 @@ def test_neg_log_mean_against_the_loop():
             terms.append(-sum(torch.log(value / (len(tokens) * len(pooled))) for value in q))
         value = whole(NegLogMean(pool=pool), records, tokens_of(MASK))
         torch.testing.assert_close(value, sum(terms) / len(terms), rtol=1e-6, atol=1e-9)
+    samples = [0, 0, 0, 0, 0, 0, 1, 1]
+    by_example = [[n for n in tokens if samples[n] == sample] for sample in (0, 1)]
+    p = torch.stack([routing.logits_NE.softmax(-1) for routing in records.values()]).mean(dim=0)
+    q_E = torch.stack([p[own].mean(dim=0) for own in by_example]).mean(dim=0)
+    value = whole(NegLogMean(tokens="example"), records, tokens_of(MASK, samples=samples))
+    torch.testing.assert_close(value, -q_E.log().sum(), rtol=1e-6, atol=1e-9)
+    with pytest.raises(ValueError, match="does not tell its examples apart"):
+        whole(NegLogMean(tokens="example"), records, tokens_of(MASK))
     uniform = records_of(a=torch.zeros(3, 4))
     loss = NegLogMean(num_experts={"a": 4})
     assert whole(loss, uniform, tokens_of([True] * 3)).item() == pytest.approx(4 * math.log(4)) == loss.balanced

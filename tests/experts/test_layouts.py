@@ -13,7 +13,8 @@ def test_count_code_list_and_domains():
     assert expand_layout(2468, 8) == [2, 2, 4, 4, 6, 6, 8, 8]
     assert expand_layout("10-2-2-2", 8) == [10, 10, 2, 2, 2, 2, 2, 2]
     assert expand_layout([1, 2, 3], 3) == [1, 2, 3]
-    assert expand_layout("per_domain", 3, num_domains=5) == [5] * 3
+    assert expand_layout("per_domain", 3, num_domains=5, num_tasks=7) == [5] * 3
+    assert expand_layout("per_task", 3, num_domains=5, num_tasks=7) == [7] * 3
 
 
 def test_mola_totals_at_32_layers():

@@ -90,6 +90,31 @@ def test_kaiming_draws_weight_and_bias_as_torch_does():
     assert torch.equal(alone.weight, score.weight) and not LinearScore(16, 5, init="normal", bias=True).bias.any()
 
 
+def test_a_learned_temperature():
+    """Starts where it is told, stays positive whatever a step does, gets the loop's gradient, and is nobody else's."""
+
+    def make(d_in, experts, learned=True):
+        policies = {"train": Policy(All()), "evaluate": Policy(TopK(1, experts))}
+        score = LinearScore(d_in, experts, init="normal")
+        return Router(score=score, temperature=2.0, learn_temperature=learned, **policies)
+
+    check_router(make, sums_to_one=False)
+    router, x = make(2, 3), torch.randn(4, 2)
+    assert router.log_temperature.exp().item() == pytest.approx(2.0)
+    fixed = make(2, 3, learned=False)
+    fixed.score = router.score
+    torch.testing.assert_close(router(x, RoutingContext()).weights_NE, fixed(x, RoutingContext()).weights_NE)
+    temperature = torch.tensor(2.0, requires_grad=True)
+    (torch.softmax(router.score(x) / temperature, dim=-1) ** 2).sum().backward()
+    (router(x, RoutingContext()).weights_NE ** 2).sum().backward()
+    torch.testing.assert_close(router.log_temperature.grad, 2.0 * temperature.grad)  # d / d log t = t d / d t
+    few = [made.eval().few(made.score(x)).weights_NK for made in (router, fixed)]
+    torch.testing.assert_close(*few)
+    assert not router.is_like(make(2, 3)) and not fixed.is_like(router)
+    names = [name for name, _ in router.named_parameters()]
+    assert sorted(names) == ["log_temperature", "score.weight"]
+
+
 @pytest.mark.parametrize(
     ("make", "message"),
     [
