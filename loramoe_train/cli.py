@@ -195,6 +195,19 @@ def normalised(arguments: Sequence[str]) -> list[str]:
     return found
 
 
+def chosen_losses(terms: dict[str, Any] | None, overrides: Sequence[str]) -> dict[str, Any]:
+    """The terms of `aux_loss` without what a recipe sets of a loss that is not chosen: after `aux_loss=none` nothing is
+    left of its coefficients. What an override itself sets stays, and is refused later: its loss must have been meant.
+    """
+
+    def is_chosen(term: Any) -> bool:
+        return not isinstance(term, dict) or "_target_" in (term.get("make") or {})
+
+    keys = [text.lstrip("+~").partition("=")[0].split(".") for text in overrides]
+    named = {key[1] for key in keys if key[0] == "aux_loss" and len(key) > 1}
+    return {name: term for name, term in (terms or {}).items() if name in named or is_chosen(term)}
+
+
 def ordered(arguments: Sequence[str]) -> list[str]:
     """Options such as `--multirun` before the overrides: Hydra's parser cannot take one in their midst."""
 
@@ -245,6 +258,7 @@ def _typed(composed: Any, extras: dict[str, tuple[str, ...]]) -> tuple[RunConfig
     if values.get("trusted_modules") and not any(o.lstrip("+").startswith("trusted_modules=") for o in overrides):
         raise ConfigError("trusted_modules may only be set on the command line: a file must not widen what it may run")
     folders = [Path(s.path) / "data" / "task" for s in hydra_config.runtime.config_sources if s.schema == "file"]
+    values["aux_loss"] = chosen_losses(values["aux_loss"], overrides)
     tasks, definitions = values["data"].get("tasks"), values["data"].get("definitions") or {}
     if isinstance(tasks, list):
         values["data"]["definitions"] = load_definitions([str(t) for t in tasks if t not in definitions], folders)

@@ -5,7 +5,7 @@ import time
 
 import pytest
 
-from loramoe_train.cli import _guard, normalised, ordered
+from loramoe_train.cli import _guard, chosen_losses, normalised, ordered
 from tests.cli import run_cli
 
 RECIPE = "+recipe=lora_mixer"
@@ -91,6 +91,14 @@ def test_overrides_in_the_form_that_hydra_wants():
     assert normalised(["recipe=lora", "trainer.stages.a.steps=5"]) == ["+recipe=lora", "++trainer.stages.a.steps=5"]
     given = ["+recipe=lora", "--multirun", "seed=0,1", "--config-dir", "mine"]
     assert ordered(given) == ["--multirun", "--config-dir", "mine", "+recipe=lora", "seed=0,1"]
+
+
+def test_what_a_recipe_sets_of_a_loss_goes_with_the_loss():
+    terms = {"left": {"weight": 1.0, "make": {"pool": "site"}}, "chosen": {"make": {"_target_": "a.B"}}}
+    assert set(chosen_losses(terms, ["aux_loss=none", "trainer.lr=1"])) == {"chosen"}
+    meant = ["aux_loss.left.weight=2"]  # by the user, who is told that no such loss is chosen
+    assert set(chosen_losses(terms, meant)) == {"left", "chosen"}
+    assert chosen_losses(None, []) == {}
 
 
 def test_a_folder_that_is_no_run_is_not_overwritten(tmp_path):

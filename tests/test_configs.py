@@ -6,10 +6,9 @@ import yaml
 from loramoe_train.paths import CONFIGS, RECIPES
 from loramoe_train.schema.run import defaults
 from loramoe_train.validation import validate
-from tests.composing import composed
+from tests.composing import RECIPE_NAMES, composed
 
 GROUPS = ("model", "experts", "router", "aux_loss", "data", "trainer", "eval", "launcher")
-RECIPE_NAMES = sorted(p.relative_to(RECIPES).with_suffix("").as_posix() for p in RECIPES.rglob("*.yaml"))
 OPTIONS = sorted(f"{g}={p.stem}" for g in GROUPS for p in (CONFIGS / g).glob("*.yaml"))
 
 

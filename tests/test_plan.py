@@ -11,24 +11,6 @@ def counts(*overrides):
     return make_counts(composed(*overrides))[0]
 
 
-ALL = ("experts.sites=all_linear", "experts.rank=8", "router=topk", "router.top_k=2")
-
-
-@pytest.mark.parametrize(
-    ("layout", "expected"),
-    [("5555", 105_635_840), ("2468", 105_635_840), ("8642", 105_635_840), ("8228", 105_635_840), ("2882", 105_635_840),
-     ("8888", 169_017_344), ("4444", 84_508_672), ("2356", 84_508_672)],
-)  # fmt: skip
-def test_mola_counts_on_llama2(layout, expected):
-    """MoLA Table 1: seven linears, rank 8, routers included."""
-    assert counts("model=llama2_7b", *ALL, f"experts.layout={layout}").trained == expected
-
-
-def test_lora_r64_count_on_llama2():
-    found = counts("+recipe=lora", "model=llama2_7b", "experts.sites=all_linear")
-    assert found.trained == found.active == 159_907_840 and found.base == 6_738_415_616
-
-
 def test_mixlora_count_on_llama2():
     """Eight copies of rank 16 on gate, up and down, one pair on q, k, v and o, a router of 8 * 4096 per layer."""
     found = counts("+recipe=mixlora", "model=llama2_7b")

@@ -27,12 +27,13 @@ DOMAINS = ["a", "b", "c"]
 OVERRIDES = ("+recipe=lora_mixer", "router.top_k=2", "experts.rank=2", "experts.alpha=4", "experts.dropout=0")
 
 
-def make_mamba(seed=0):
+def make_mamba(seed=0, **changes):
     from transformers import FalconMambaConfig, FalconMambaForCausalLM
 
     torch.manual_seed(seed)
     shape = {"vocab_size": 50, "hidden_size": 32, "num_hidden_layers": 2, "state_size": 4, "time_step_rank": 6}
-    return FalconMambaForCausalLM(FalconMambaConfig(**shape, pad_token_id=0, eos_token_id=1, conv_kernel=3)).eval()
+    shape |= {"pad_token_id": 0, "eos_token_id": 1, "conv_kernel": 3}
+    return FalconMambaForCausalLM(FalconMambaConfig(**(shape | changes))).eval()
 
 
 def route(model, config: RunConfig, adapters=(), domains=tuple(DOMAINS)) -> RoutedModel:
@@ -41,21 +42,25 @@ def route(model, config: RunConfig, adapters=(), domains=tuple(DOMAINS)) -> Rout
     )
 
 
-def stir(routed: RoutedModel, seed=1, routers=True) -> None:
-    """Random experts (and routers) in place of the zeros that training starts from."""
+def stir(routed: RoutedModel, seed=1, routers=1.0, experts=True) -> None:
+    """Random experts in place of the zeros that training starts from, and random routers of that standard deviation (0:
+    as they are)."""
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for layer in routed.layers.values():
-            layer.bank.up.normal_(0, 0.1, generator=generator)
-            if routers and layer.router is not None:
-                layer.router.score.weight.normal_(0, 1.0, generator=generator)
+            if experts:
+                layer.bank.up.normal_(0, 0.1, generator=generator)
+            for parameter in layer.router.parameters() if routers and layer.router is not None else ():
+                parameter.normal_(0, routers, generator=generator)
 
 
 def facts(ids, domains=None, valid=None) -> Tokens:
     valid = torch.ones_like(ids, dtype=torch.bool) if valid is None else valid
     domain = torch.zeros_like(ids) if domains is None else torch.tensor(domains).view(-1, 1).expand_as(ids)
     domain = domain.masked_fill(~valid, -1)
-    return Tokens(valid.reshape(-1), domain.reshape(-1), domain.reshape(-1), valid.reshape(-1))
+    sample = torch.arange(len(ids)).view(-1, 1).expand_as(ids).masked_fill(~valid, -1)
+    flat_N, own_N = valid.reshape(-1), domain.reshape(-1)
+    return Tokens(flat_N, own_N, own_N, flat_N, sample.reshape(-1), len(ids))
 
 
 MODELS = {
@@ -137,7 +142,7 @@ def test_hard_routing_of_a_mixed_batch_is_separate_loras(kind):
 def test_soft_routing_trains_every_router_at_every_site(kind):
     model, config = build(kind)
     routed = route(model, config)
-    stir(routed, routers=False)
+    stir(routed, routers=0)
     model.train()
     ids = ids_of()
     (term,) = build_aux(config, routed.plan).values()

@@ -22,6 +22,8 @@ def test_mola_totals_at_32_layers():
         assert sum(expand_layout(code, 32)) == 160
     assert sum(expand_layout(8888, 32)) == 256
     assert all(sum(expand_layout(code, 32)) == 128 for code in (4444, 6532, 2356, 6226, 2662))
+    extremes = ("10-2-2-2", "2-10-2-2", "2-2-10-2", "2-2-2-10")
+    assert all(sum(expand_layout(code, 32)) == 128 for code in extremes)
 
 
 @pytest.mark.parametrize("layers", [22, 26, 30, 42])

@@ -1,0 +1,230 @@
+"""Every shipped recipe, found by globbing, from composing to a loaded adapter: one family of tests for all of them."""
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+
+from loramoe_train.experts import bank as bank_module
+from tests.composing import RECIPE_NAMES, composed
+from tests.recipe_passes import CASES, enter_stage, make_routed, one_pass
+from tests.recipe_runs import Ready, differing, get_ready, logits_of, overrides_of
+from tests.recipe_worker import train
+from tests.test_routed_model import ids_of
+from tests.training.processes import ROOT, read_until
+from tests.training.test_parallel import check_close
+
+every_recipe = pytest.mark.parametrize("recipe", RECIPE_NAMES)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _one_thread() -> Iterator[None]:
+    """Bits depend on how sums are split among threads."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@dataclass(frozen=True)
+class Ran:
+    """A finished short run on the embedded model and data. Do not train it further."""
+
+    recipe: str
+    overrides: tuple[str, ...]
+    run_dir: Path
+    ready: Ready
+    before: dict[str, Tensor]  # adapter tensors at the start
+    base: dict[str, Tensor]  # everything else in the model, at the start
+
+    def log(self) -> list[dict[str, Any]]:
+        return [json.loads(line) for line in (self.run_dir / "metrics.jsonl").read_text().splitlines()]
+
+
+@pytest.fixture(scope="module", params=RECIPE_NAMES)
+def ran(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Ran:
+    folder = tmp_path_factory.mktemp(request.param)
+    overrides = overrides_of(request.param, folder, "experts.dropout=0.05")
+    ready = get_ready(*overrides)
+    before = ready.weights()
+    base = {name: t.clone() for name, t in ready.routed.model.state_dict().items() if name not in before}
+    ready.train(folder / "run")
+    return Ran(request.param, overrides, folder / "run", ready, before, base)
+
+
+# -- on the embedded model ---------------------------------------------------------------------------------------------
+
+
+def test_it_learns_and_moves_what_it_trains_alone(ran):
+    losses: dict[str, list[float]] = {}
+    for entry in ran.log():
+        if entry["kind"] == "train":
+            losses.setdefault(entry["stage"], []).append(entry["loss"])
+    assert list(losses) == list(ran.ready.config.trainer.stages)
+    for stage, values in losses.items():
+        assert values[-1] < values[0], (stage, values)
+    trained = {kind for stage in ran.ready.config.trainer.stages.values() for kind in stage.train}
+    groups = ran.ready.routed.groups
+    wanted = {n for kind in trained for n, p in groups[kind].items() if p.numel() and not _is_lonely(ran, n)}
+    after = ran.ready.weights()
+    assert set(differing(ran.before, after)) == wanted
+    state = ran.ready.routed.model.state_dict()
+    assert differing(ran.base, {name: state[name] for name in ran.base}) == []
+
+
+def _is_lonely(ran: Ran, name: str) -> bool:
+    """The router of a single expert has nothing to learn."""
+    site, routers, _ = name.partition(".router.")
+    return bool(routers) and site in ran.ready.routed.plan and ran.ready.routed.plan[site].num_experts == 1
+
+
+def test_resumed_in_the_middle_it_is_the_same_run(ran, tmp_path):
+    again = get_ready(*ran.overrides)
+    torch.manual_seed(7)  # whatever happened in between
+    again.train(tmp_path / "run", resume=ran.run_dir / "checkpoints" / "step_000002")
+    assert differing(ran.ready.weights(), again.weights()) == []
+
+
+@pytest.fixture(scope="session")
+def other_process() -> Iterator[Callable[[Path, Tensor, Path], Tensor]]:
+    """Logits of a finished run, computed in a process that knows nothing but its folder."""
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "ACCELERATE_USE_CPU": "true"}
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    worker = subprocess.Popen([sys.executable, "-m", "tests.recipe_worker", "load"], cwd=ROOT, env=environment, **pipes)
+
+    def ask(folder: Path, ids: Tensor, out: Path) -> Tensor:
+        worker.stdin.write(json.dumps({"folder": str(folder), "ids": ids.tolist(), "out": str(out)}) + "\n")
+        worker.stdin.flush()
+        read_until(worker, "done")
+        return load_file(out)["logits"]
+
+    yield ask
+    worker.communicate(timeout=60)  # the end of its input ends it
+
+
+def test_a_new_process_loads_the_same_model(ran, other_process, tmp_path):
+    ids = ids_of(rows=2, length=12)
+    ours = logits_of(ran.ready.routed, ids)
+    with ran.ready.routed.context.override("off"):
+        assert not torch.equal(ours, logits_of(ran.ready.routed, ids))
+    torch.testing.assert_close(other_process(ran.run_dir, ids, tmp_path / "out.safetensors"), ours, rtol=0, atol=1e-6)
+
+
+# -- on random models of a few thousand parameters ---------------------------------------------------------------------
+
+
+@every_recipe
+def test_with_a_cache_it_says_what_it_says_without(recipe, tmp_path):
+    routed, _ = make_routed(recipe, "llama", tmp_path)
+    ids = ids_of(rows=2)
+    with torch.no_grad():
+        full = routed.model.eval()(ids, use_cache=False).logits
+        out = routed.model(ids[:, :3], use_cache=True)
+        steps = [out.logits]
+        for position in range(3, ids.shape[1]):
+            past = out.past_key_values
+            out = routed.model(ids[:, position : position + 1], past_key_values=past, use_cache=True)
+            steps.append(out.logits)
+        torch.testing.assert_close(torch.cat(steps, dim=1), full, rtol=1e-4, atol=1e-5)
+        spoken = [
+            routed.model.generate(ids, max_new_tokens=5, do_sample=False, use_cache=cache) for cache in (True, False)
+        ]
+    assert torch.equal(*spoken) and spoken[0].shape[1] > ids.shape[1]
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_grouped_it_computes_what_it_does_concatenated(case, tmp_path, monkeypatch):
+    recipe, stage = CASES[case]
+    calls, add_grouped = [], bank_module.add_grouped
+    monkeypatch.setattr(bank_module, "add_grouped", lambda *args: (calls.append(1), add_grouped(*args))[1])
+    found, used = [], []
+    for form in ("concatenated", "grouped"):
+        (tmp_path / form).mkdir()
+        routed, config = make_routed(recipe, "llama", tmp_path / form, f"experts.form={form}")
+        enter_stage(routed, config, stage)
+        sparse = [layer for layer in routed.layers.values() if _leaves_experts_out(layer)]
+        found.append(one_pass(routed, config, stage))
+        used.append(len(calls))
+    assert used[0] == 0 and (used[1] > 0) == bool(sparse)
+    one, other = found
+    torch.testing.assert_close(other.loss, one.loss, rtol=1e-5, atol=0)
+    assert one.gradients.keys() == other.gradients.keys()
+    for name, gradient in one.gradients.items():
+        scale = float(gradient.abs().max()) if gradient.numel() else 0.0
+        tolerance = {"rtol": 0, "atol": 1e-5 * scale, "msg": lambda m, n=name: f"{n}: {m}"}
+        torch.testing.assert_close(other.gradients[name], gradient, **tolerance)
+
+
+def _leaves_experts_out(layer: Any) -> bool:
+    """Whether the grouped form can serve a site at all: few experts of each token, all of one rank."""
+    most = layer.most_experts()
+    alike = len(set(layer.bank.ranks)) == 1 and layer.bank.down_per_expert
+    return alike and most is not None and most < layer.bank.num_experts
+
+
+@pytest.mark.slow
+def test_two_processes_train_as_one(tmp_path):
+    """All recipes in one pair of processes, on a random model in float64; the same in this process."""
+    own = ("experts.dropout=0", "experts.rank=2", "trainer.max_steps=4", "trainer.batch_size=8")
+    own += (f"model.path={make_base(tmp_path / 'base')}",)
+    jobs: dict[str, list[dict[str, Any]]] = {"one": [], "two": []}
+    for recipe in RECIPE_NAMES:
+        folder = tmp_path / recipe
+        folder.mkdir()
+        # a step is one micro-batch: of which examples it would be made up else depends on the number of processes
+        for name, rows in (("one", 8), ("two", 4)):
+            given = overrides_of(recipe, folder / name, *own, f"trainer.micro_batch_size={rows}")
+            jobs[name].append({"overrides": given, "run_dir": str(folder / name)})
+    running = start_pair(jobs["two"], tmp_path / "jobs.json")
+    train(jobs["one"])
+    _, errors = running.communicate(timeout=300)
+    assert running.returncode == 0, errors[-4000:]
+    for recipe in RECIPE_NAMES:
+        check_close(tmp_path / recipe / "one", tmp_path / recipe / "two", numbers_at_least=40)
+
+
+def make_base(folder: Path) -> Path:
+    """A random Llama of four layers that knows the embedded tokenizer's words."""
+    import shutil
+
+    from loramoe_train.paths import ASSETS
+    from tests.conftest import make_llama
+
+    tiny = ASSETS / "tiny" / "model"
+    vocabulary = json.loads((tiny / "config.json").read_text())["vocab_size"]
+    # wide enough that no gradient is so small that AdamW, which divides by its size, shows how sums were rounded
+    facts = {"pad_token_id": 0, "eos_token_id": 1, "initializer_range": 0.2}
+    make_llama(vocab_size=vocabulary, num_hidden_layers=4, **facts).save_pretrained(folder)
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(tiny / name, folder / name)
+    return folder
+
+
+def start_pair(jobs: list[dict[str, Any]], file: Path) -> subprocess.Popen:
+    file.write_text(json.dumps(jobs))
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "ACCELERATE_USE_CPU": "true"}
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    return subprocess.Popen(
+        [*launcher, "-m", "tests.recipe_worker", "train", str(file)], cwd=ROOT, env=environment, **pipes
+    )
+
+
+# -- the recipes themselves --------------------------------------------------------------------------------------------
+
+
+@every_recipe
+def test_its_losses_can_be_turned_off(recipe):
+    """What a recipe sets of a loss goes with the loss."""
+    stages = composed(f"+recipe={recipe}").trainer.stages
+    if not any(stage.aux_loss for stage in stages.values()):  # else a stage asks for one by name
+        assert composed(f"+recipe={recipe}", "aux_loss=none").aux_loss == {}

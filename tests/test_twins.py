@@ -1,0 +1,168 @@
+"""Every shipped recipe, found by globbing, against its slow twin; `tests/twins/` says how to write one."""
+
+import copy
+
+import pytest
+import torch
+
+from loramoe_train.build import build_aux
+from loramoe_train.experts.adapters import adapter_tensors
+from loramoe_train.training.optim import build_optimizer
+from loramoe_train.training.stages import plan_stages
+from loramoe_train.validation import domains_of
+from tests.composing import RECIPE_NAMES
+from tests.recipe_passes import KINDS, Made, enter_stage, make
+from tests.test_routed_model import facts, stir
+from tests.twins import Case, Twin, all_twins
+
+# four layers, so that quarters of a model are what they are
+SHAPES = {
+    "llama": {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 4},
+    "qwen3": {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 4, "head_dim": 6},
+    "falcon_mamba": {"hidden_size": 12, "num_hidden_layers": 4, "state_size": 3, "time_step_rank": 4},
+}
+LENGTHS, DOMAINS = (4, 3), (4, 1)  # of the rows of the batch
+
+
+def twin_of(recipe: str) -> Twin:
+    """The twin, or a failure that says where one is to be written."""
+    twins = all_twins()
+    if recipe not in twins:
+        pytest.fail(
+            f"recipes/{recipe}.yaml has no slow twin: write its equations once more, from the paper, as"
+            f' TWINS["{recipe}"] in a module of tests/twins (tests/twins/__init__.py says how)'
+        )
+    return twins[recipe]
+
+
+def batch():
+    """(ids, valid) of rows padded on the right."""
+    ids = torch.randint(2, 50, (len(LENGTHS), max(LENGTHS)), generator=torch.Generator().manual_seed(5))
+    valid = torch.arange(max(LENGTHS)) < torch.tensor(LENGTHS).view(-1, 1)
+    return ids, valid
+
+
+def stage_of_ours(made: Made, number: int | None):
+    """(logits, weighted auxiliary loss) of a stage, or of evaluation."""
+    routed, config = made.routed, made.config
+    ids, valid = batch()
+    inputs = {"attention_mask": valid.long(), "use_cache": False}
+    if number is None:
+        routed.context.mode = "learned"
+        with torch.no_grad():
+            return routed.model.eval()(ids, **inputs).logits, 0.0
+    plans = plan_stages(config.trainer, dict.fromkeys(config.trainer.stages, 1000), aux_losses=config.aux_loss)
+    enter_stage(routed, config, plans[number].name)
+    terms = build_aux(config, routed.plan)
+    given = facts(ids, DOMAINS, valid)
+    with routed.context.open(given) as records:
+        logits, total = routed.model(ids, **inputs).logits, 0.0
+        for name in plans[number].aux_losses:
+            loss = terms[name].loss
+            total = total + terms[name].weight * loss(records, given, loss.statistics(records, given))
+    return logits, total
+
+
+def case_of(made: Made, base: torch.nn.Module, number: int | None) -> Case:
+    tensors = {name: t.detach().clone().requires_grad_() for name, t in adapter_tensors(made.routed.layers).items()}
+    ids, valid = batch()
+    adapters = tuple(adapter.modules for adapter in made.adapters)
+    domains = len(domains_of(made.config))
+    experts = made.config.experts
+    return Case(
+        copy.deepcopy(base), tensors, ids, valid, DOMAINS, domains, experts.rank, experts.alpha, adapters, number
+    )
+
+
+def compare(recipe: str, kind: str, folder, *overrides: str) -> None:
+    """Fail where the recipe, with overrides, is not its twin."""
+    twin = twin_of(recipe)
+    base = KINDS[kind].make(**SHAPES[kind]).double()
+    made = make(recipe, kind, folder, "experts.dropout=0", *overrides, **SHAPES[kind])
+    made.routed.model.double()
+    # small enough that some tokens are undecided
+    stir(made.routed, routers=0.3, experts=not made.adapters)
+    stages = made.config.trainer.stages
+    assert [set(stage.train) for stage in stages.values()] == [set(groups) for groups in twin.trains]
+    check_rates(made, twin)
+    _, valid = batch()
+    for number in [*range(len(stages)), None]:
+        case = case_of(made, base, number)
+        ours, theirs = stage_of_ours(made, number), twin(case)
+        torch.testing.assert_close(ours[0][valid], theirs[0][valid], rtol=1e-6, atol=1e-6)
+        if number is not None:
+            torch.testing.assert_close(*(torch.as_tensor(value).double() for value in (ours[1], theirs[1])))
+            check_gradients(made, case, ours, theirs, valid)
+
+
+def check_gradients(made: Made, case: Case, mine, theirs, valid) -> None:
+    """Of the logits and of the auxiliary loss apart, so that the smaller is not lost in the larger."""
+    named = {n: p for members in made.routed.groups.values() for n, p in members.items() if p.requires_grad}
+    twins = [case.tensors[name] for name in named]
+    probe = torch.randn(mine[0].shape, generator=torch.Generator().manual_seed(6), dtype=torch.float64)[valid]
+    for which, (one, other) in enumerate(zip(mine, theirs, strict=True)):
+        one, other = (torch.as_tensor(value) for value in (one, other))
+        if which == 0:
+            one, other = (one[valid] * probe).sum(), (other[valid] * probe).sum()
+        if not one.requires_grad:
+            assert not other.requires_grad
+            continue
+        found = torch.autograd.grad(one, list(named.values()), retain_graph=True, allow_unused=True)
+        wanted = torch.autograd.grad(other, twins, retain_graph=True, allow_unused=True)
+        for name, gradient, twin in zip(named, found, wanted, strict=True):
+            assert which == 1 or twin is not None, f"the paper has nothing that {name} would be used for"
+            gradient, twin = (torch.zeros(()) if value is None else value for value in (gradient, twin))
+            scale = float(twin.abs().max()) if twin.numel() else 0.0
+            # norms and scans of the base compute in float32, whatever the model's dtype
+            ours = gradient.double().expand_as(twin)
+            tolerance = {"rtol": 0, "atol": 1e-5 * scale + 1e-12, "msg": lambda m, n=name: f"{n}: {m}"}
+            torch.testing.assert_close(ours, twin.double(), **tolerance)
+
+
+def check_rates(made: Made, twin: Twin) -> None:
+    """Learning rates of the experts' parameters, over the stage's."""
+    config, groups = made.config, made.routed.groups
+    names = {id(p): name for name, p in groups["experts"].items()}
+    for plan in plan_stages(config.trainer, dict.fromkeys(config.trainer.stages, 1000), aux_losses=config.aux_loss):
+        if "experts" not in plan.train:
+            continue
+        for group in build_optimizer(config.trainer, plan, groups).param_groups:
+            for name in [names[id(p)] for p in group["params"] if id(p) in names]:
+                wanted = next((rate for end, rate in twin.rates.items() if name.endswith(end)), 1.0)
+                assert group["peak_lr"] == pytest.approx(plan.lr * wanted), name
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("recipe", RECIPE_NAMES)
+def test_a_recipe_is_what_its_paper_says(recipe, kind, tmp_path):
+    compare(recipe, kind, tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("recipe", "change"),
+    [
+        ("mola", "aux_loss.load_balance.make.pool=site"),
+        ("mola", "experts.layout=8642"),
+        ("loramoe", "aux_loss.localized_balance.make.delta=0.12"),
+        ("dynmole", "router.make.train.weight=renormalised"),
+        ("dynmole", "aux_loss.routing_entropy.weight=0.011"),
+        ("adamole", "experts.sites=[attn_in]"),
+        ("hydralora", "experts=default"),
+        ("meteora", "router.top_k=3"),
+        ("rslora", "experts.scale=alpha_over_rank"),
+        ("lora_plus", "trainer.up_lr_ratio=16"),
+        ("lora", "experts.sites=all_linear"),
+    ],
+)
+def test_a_wrong_recipe_is_found_out(recipe, change, tmp_path):
+    with pytest.raises((AssertionError, KeyError)):
+        compare(recipe, "llama", tmp_path, change)
+
+
+def test_a_recipe_without_a_twin_is_told_where_to_write_one():
+    with pytest.raises(pytest.fail.Exception, match=r"recipes/new.yaml has no slow twin.*tests/twins"):
+        twin_of("new")
+
+
+def test_no_twin_is_left_over():
+    assert set(all_twins()) <= set(RECIPE_NAMES)
