@@ -2,7 +2,7 @@
 
 import hashlib
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +28,7 @@ from loramoe_train.routing.context import RoutingContext
 from loramoe_train.routing.seat import Owner, Seat
 from loramoe_train.routing.types import Origin
 from loramoe_train.schema.run import RunConfig
+from loramoe_train.serving import origins_in
 from loramoe_train.training.parts import AuxTerm
 from loramoe_train.validation import check_layout, domains_of, trains_base
 
@@ -169,8 +170,7 @@ def attach(
     if not plan and trains_base(config):
         return RoutedModel(model.requires_grad_(False), context, {}, {}, {})
     decisions = _decisions(config, plan, model)
-    width = model.get_input_embeddings().weight.shape[1]  # of what a block reads: its first site may read another
-    wide = [replace(decision, d_in=width) for decision in decisions.values() if decision.name not in plan]
+    wide = [decision for decision in decisions.values() if decision.name not in plan]
     mixed = feed_forwards(config, model, plan)
     device = next(model.parameters()).device
     seats, of_model = {}, config.router.scope == "model"
@@ -205,7 +205,7 @@ def _decisions(
 ) -> dict[str, DecisionSpec]:
     """Who decides for which sites. `model`, which may be on the meta device: where routers are to be made."""
     router, width = config.router, 0
-    if model is not None and router.scope == "model":
+    if model is not None and router.scope in ("block", "model"):
         width = model.config.get_text_config().hidden_size
     return plan_decisions(plan, router.scope, per_site=router.per_site, width=width)
 
@@ -330,12 +330,12 @@ def static_routes(
 ) -> dict[str, list[float]] | None:
     """Site -> the weights that its router, with the stored `tensors`, gives the experts for every token of one task or
     domain; None where the routers depend on anything else. Sites without a router are left out."""
+    if set(origins_in(config.router.make or {})) != {origin}:
+        return None
     _, make_router = _makers(config, num_domains=num_domains, num_tasks=num_tasks)
     context, found = RoutingContext(num_domains), {}
-    for decision in plan_decisions(plan, config.router.scope).values():
+    for decision in _decisions(config, plan).values():
         router = make_router(decision, torch.device("cpu"))
-        if getattr(router, "origin", None) != origin:
-            return None
         prefix = f"{decision.name}.router."
         router.load_state_dict({n.removeprefix(prefix): t for n, t in tensors.items() if n.startswith(prefix)})
         with torch.no_grad(), context.serving(**{origin: index}):

@@ -13,15 +13,16 @@ Served = dict[str, int | None]  # "task" and "domain" -> its index in the mixtur
 def origins_asked(config: RunConfig) -> set[str]:
     """What evaluation has to know of an example: `task`, `domain`, both or nothing."""
     last = list(config.trainer.stages.values())[-1]
-    return set(_origins(config.router.make or {})) | ({"domain"} if last.routing == "by_domain" else set())
+    return set(origins_in(config.router.make or {})) | ({"domain"} if last.routing == "by_domain" else set())
 
 
-def _origins(part: Mapping[str, Any]) -> Iterator[str]:
+def origins_in(part: Mapping[str, Any]) -> Iterator[str]:
+    """What the decisions of a part, or of those nested in it, depend on instead of the input."""
     for name, value in part.items():
         if name == "origin":
             yield str(value)
         elif isinstance(value, Mapping):
-            yield from _origins(value)
+            yield from origins_in(value)
 
 
 def served_by(

@@ -38,7 +38,8 @@ def plan_decisions(
     """Decisions by name, in the model's order; sites with plain LoRA (`routed` false) follow none.
 
     Args:
-        width: of the model's hidden states, which is what a router of the whole model reads; 0 where none is made.
+        width: of the model's hidden states, which is what a router of a block or the whole model reads, whatever its
+            first site reads; 0 where it is not known, and none is made.
 
     Raises ConfigError where sites that would follow one decision hold different numbers of experts.
     """
@@ -55,7 +56,8 @@ def plan_decisions(
                 " number of them, so one decision cannot serve them; use router.scope=site"
             )
         sites = tuple(spec.site.name for spec in specs)
-        d_in = width if scope == "model" else first.site.in_features
+        own = scope == "site" or (scope == "block" and not width)
+        d_in = first.site.in_features if own else width
         decisions[name] = DecisionSpec(name, sites, d_in, first.num_experts, first.top_k, per_site)
     return decisions
 

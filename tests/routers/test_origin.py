@@ -156,6 +156,8 @@ def test_a_task_route_wants_routers_that_decide_by_task():
     counts = {"num_domains": 3, "num_tasks": 3}
     assert static_routes(by_domain, routed.plan, {}, "task", 0, **counts) is None
     assert static_routes(config, routed.plan, {}, "domain", 0, **counts) is None
+    by_input = composed("router=soft", "router.scope=block")  # its routers are not made: their width is not known
+    assert static_routes(by_input, routed.plan, {}, "task", 0, **counts) is None
     with pytest.raises(ConfigError, match="do not decide by the task"):
         fold(routed.plan, routed.tensors(), "task:tiny_math", domains=TASKS)
 
