@@ -103,5 +103,6 @@ def differing(one: Mapping[str, Tensor], other: Mapping[str, Tensor]) -> list[st
 
 @torch.no_grad()
 def logits_of(routed: RoutedModel, ids: Tensor) -> Tensor:
-    """(B, S, V) in evaluation."""
-    return routed.model.eval()(ids, use_cache=False).logits
+    """(B, S, V) in evaluation, as of the second task."""
+    with routed.context.serving(task=1, domain=1):
+        return routed.model.eval()(ids, use_cache=False).logits

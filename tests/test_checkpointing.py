@@ -3,8 +3,15 @@
 import pytest
 import torch
 
+from loramoe_train.experts.mixed_block import MixedBlock
+from loramoe_train.experts.probed import ProbedBlock
 from loramoe_train.models.loading import checkpoint_activations
 from tests.recipe_passes import CASES, check_reached, enter_stage, make_routed, one_pass
+
+
+def calls_its_sites_otherwise(routed) -> bool:
+    """Blocks that run their sites several times, or read them without a call; and models without experts."""
+    return not routed.plan or any(type(block) in (MixedBlock, ProbedBlock) for block in routed.blocks.values())
 
 
 @pytest.mark.parametrize("kind", ["llama", "falcon_mamba"])
@@ -27,8 +34,10 @@ def test_checkpointing_changes_nothing(case, kind, tmp_path):
             )
         found.append(one_pass(routed, config, stage))
         passes = 3 if on else 2  # statistics, forward, and once more in backward
-        # the recomputation of a layer ends with the last tensor that backward needs
-        assert len(routed.plan) * (passes - 1) < len(calls) <= len(routed.plan) * passes
+        sites = len(routed.plan)
+        if not calls_its_sites_otherwise(routed):
+            # the recomputation of a layer ends with the last tensor that backward needs
+            assert sites * (passes - 1) < len(calls) <= sites * passes
     off, on = found
     check_reached(on)
     assert torch.equal(off.loss, on.loss)
