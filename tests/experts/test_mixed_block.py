@@ -26,8 +26,8 @@ from loramoe_train.models import meta_model
 from loramoe_train.models.loading import checkpoint_activations
 from tests.composing import composed
 from tests.conftest import make_llama
-from tests.experts.ffn_loops import Loops
 from tests.test_routed_model import facts, ids_of
+from tests.twins.blocks import Loops
 
 SMALL = ("model=smollm2_135m", "experts.rank=2", "experts.alpha=4", "experts.layout=4", "experts.dropout=0")
 SMALL += ("experts.plain.rank=2", "experts.plain.alpha=4")
