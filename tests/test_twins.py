@@ -165,6 +165,12 @@ def test_a_recipe_is_what_its_paper_says(recipe, kind, tmp_path):
         ("rslora", "experts.scale=alpha_over_rank"),
         ("lora_plus", "trainer.up_lr_ratio=16"),
         ("lora", "experts.sites=all_linear"),
+        ("mixlora", "experts.mixing=delta"),
+        ("mixlora", "aux_loss.load_balance.make.share=per_pick"),
+        ("mixlora_dora", "aux_loss.load_balance.make.pool=sample"),
+        ("llava_mole", "aux_loss.load_balance.make.pool=model"),
+        ("llava_mole", "router.make.score.bias=false"),
+        ("xlora", "router.make.temperature=1.1"),
     ],
 )
 def test_a_wrong_recipe_is_found_out(recipe, change, tmp_path):
