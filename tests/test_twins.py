@@ -1,11 +1,12 @@
 """Every shipped recipe, found by globbing, against its slow twin; `tests/twins/` says how to write one."""
 
 import copy
+from dataclasses import replace
 
 import pytest
 import torch
 
-from loramoe_train.build import build_aux
+from loramoe_train.build import RoutedModel, build_aux
 from loramoe_train.training.optim import build_optimizer
 from loramoe_train.training.stages import plan_stages
 from loramoe_train.validation import domains_of
@@ -21,6 +22,7 @@ SHAPES = {
     "falcon_mamba": {"hidden_size": 12, "num_hidden_layers": 4, "state_size": 3, "time_step_rank": 4},
 }
 LENGTHS, DOMAINS = (4, 3), (4, 1)  # of the rows of the batch
+PROMPTS = (3, 2)  # how much of each row is no answer
 
 
 def twin_of(recipe: str) -> Twin:
@@ -48,12 +50,12 @@ def stage_of_ours(made: Made, number: int | None):
     inputs = {"attention_mask": valid.long(), "use_cache": False}
     if number is None:
         routed.context.mode = "learned"
-        with torch.no_grad():
-            return routed.model.eval()(ids, **inputs).logits, 0.0
+        return evaluated(routed, ids, inputs), 0.0
     plans = plan_stages(config.trainer, dict.fromkeys(config.trainer.stages, 1000), aux_losses=config.aux_loss)
     enter_stage(routed, config, plans[number].name)
     terms = build_aux(config, routed.plan)
-    given = facts(ids, DOMAINS, valid)
+    answer = valid & (torch.arange(ids.shape[1]) >= torch.tensor(PROMPTS).view(-1, 1))
+    given = replace(facts(ids, DOMAINS, valid), supervised_N=answer.reshape(-1))
     with routed.context.open(given) as records:
         logits, total = routed.model(ids, **inputs).logits, 0.0
         for name in plans[number].aux_losses:
@@ -62,15 +64,22 @@ def stage_of_ours(made: Made, number: int | None):
     return logits, total
 
 
+def evaluated(routed: RoutedModel, ids, inputs):
+    """Logits of all rows; each is answered as an example of its task, whose prompt ends where its own does."""
+    rows = []
+    for row, (task, prompt) in enumerate(zip(DOMAINS, PROMPTS, strict=True)):
+        with torch.no_grad(), routed.context.serving(task=task, domain=task, prompt=prompt):
+            rows.append(routed.model.eval()(ids, **inputs).logits[row])
+    return torch.stack(rows)
+
+
 def case_of(made: Made, base: torch.nn.Module, number: int | None) -> Case:
     tensors = {name: t.detach().clone().requires_grad_() for name, t in made.routed.tensors().items()}
     ids, valid = batch()
     adapters = tuple(adapter.modules for adapter in made.adapters)
     domains = len(domains_of(made.config))
-    experts = made.config.experts
-    return Case(
-        copy.deepcopy(base), tensors, ids, valid, DOMAINS, domains, experts.rank, experts.alpha, adapters, number
-    )
+    experts, model = made.config.experts, copy.deepcopy(base)
+    return Case(model, tensors, ids, valid, DOMAINS, PROMPTS, domains, experts.rank, experts.alpha, adapters, number)
 
 
 def compare(recipe: str, kind: str, folder, *overrides: str) -> None:
@@ -103,6 +112,8 @@ def begin_again(made: Made) -> None:
         magnitude = getattr(layer.bank, "magnitude", None)
         if magnitude is not None:
             magnitude.data.mul_(1.0 + 0.2 * torch.rand(magnitude.shape, generator=generator))
+    for parameter in made.routed.groups.get("base", {}).values():
+        parameter.data.mul_(1.0 + 0.2 * torch.rand(parameter.shape, generator=generator))
 
 
 def check_gradients(made: Made, case: Case, mine, theirs, valid) -> None:

@@ -44,6 +44,7 @@ class Case:
     ids_BS: Tensor
     valid_BS: Tensor  # bool; padding is on the right
     domains: Sequence[int]  # of each row; the number of its task is the same
+    prompts: Sequence[int]  # how many of each row's first tokens are no answer
     num_domains: int
     rank: int  # of a fresh expert in this run, with its alpha: tests make both small
     alpha: float
