@@ -182,6 +182,14 @@ def test_a_recipe_is_what_its_paper_says(recipe, kind, tmp_path):
         ("llava_mole", "aux_loss.load_balance.make.pool=model"),
         ("llava_mole", "router.make.score.bias=false"),
         ("xlora", "router.make.temperature=1.1"),
+        ("lora_per_task", "router.make.origin=domain"),
+        ("moelora_task", "experts.scale=alpha_over_sqrt_rank"),
+        ("moelora_task", "router.make.temperature=2"),
+        ("dora", "experts=default"),
+        ("pissa", "experts=default"),
+        ("full_finetune", "trainer.stages.again={train: [base]}"),
+        ("mole", "router.make.learn_temperature=false"),
+        ("mole", "aux_loss.neg_log_mean.make.tokens=valid"),
     ],
 )
 def test_a_wrong_recipe_is_found_out(recipe, change, tmp_path):
