@@ -21,7 +21,7 @@ SHAPES = {
     "qwen3": {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 4, "head_dim": 6},
     "falcon_mamba": {"hidden_size": 12, "num_hidden_layers": 4, "state_size": 3, "time_step_rank": 4},
 }
-LENGTHS, DOMAINS = (4, 3), (4, 1)  # of the rows of the batch
+LENGTHS, DOMAINS, TASKS = (4, 3), (4, 1), (3, 0)  # of the rows of the batch
 PROMPTS = (3, 2)  # how much of each row is no answer
 
 
@@ -55,7 +55,8 @@ def stage_of_ours(made: Made, number: int | None):
     enter_stage(routed, config, plans[number].name)
     terms = build_aux(config, routed.plan)
     answer = valid & (torch.arange(ids.shape[1]) >= torch.tensor(PROMPTS).view(-1, 1))
-    given = replace(facts(ids, DOMAINS, valid), supervised_N=answer.reshape(-1))
+    task_N = facts(ids, TASKS, valid).domain_N
+    given = replace(facts(ids, DOMAINS, valid), task_N=task_N, supervised_N=answer.reshape(-1))
     with routed.context.open(given) as records:
         logits, total = routed.model(ids, **inputs).logits, 0.0
         for name in plans[number].aux_losses:
@@ -67,8 +68,8 @@ def stage_of_ours(made: Made, number: int | None):
 def evaluated(routed: RoutedModel, ids, inputs):
     """Logits of all rows; each is answered as an example of its task, whose prompt ends where its own does."""
     rows = []
-    for row, (task, prompt) in enumerate(zip(DOMAINS, PROMPTS, strict=True)):
-        with torch.no_grad(), routed.context.serving(task=task, domain=task, prompt=prompt):
+    for row, (task, domain, prompt) in enumerate(zip(TASKS, DOMAINS, PROMPTS, strict=True)):
+        with torch.no_grad(), routed.context.serving(task=task, domain=domain, prompt=prompt):
             rows.append(routed.model.eval()(ids, **inputs).logits[row])
     return torch.stack(rows)
 
@@ -78,8 +79,8 @@ def case_of(made: Made, base: torch.nn.Module, number: int | None) -> Case:
     ids, valid = batch()
     adapters = tuple(adapter.modules for adapter in made.adapters)
     domains = len(domains_of(made.config))
-    experts, model = made.config.experts, copy.deepcopy(base)
-    return Case(model, tensors, ids, valid, DOMAINS, PROMPTS, domains, experts.rank, experts.alpha, adapters, number)
+    experts, rows = made.config.experts, (ids, valid, DOMAINS, TASKS, PROMPTS)
+    return Case(copy.deepcopy(base), tensors, *rows, domains, experts.rank, experts.alpha, adapters, number)
 
 
 def compare(recipe: str, kind: str, folder, *overrides: str) -> None:
