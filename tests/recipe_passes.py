@@ -73,7 +73,7 @@ KINDS = {
 def needs_adapters(config: RunConfig) -> bool:
     """Whether a recipe trains routers over experts that the user brings: a run without them is refused."""
     try:
-        settle(config, check_files=False)
+        settle(config, check_files=False, trains=False)  # tiny models are float32
     except ConfigError as error:
         if "experts.adapters" not in str(error):
             raise
@@ -115,7 +115,10 @@ class Made:
 def make(recipe: str, kind: str, folder: Path, *overrides: str, **model_changes: Any) -> Made:
     """The recipe on a tiny model as training would start, with small sizes. `folder` is for adapters."""
     model, group = KINDS[kind].make(**model_changes), f"model={KINDS[kind].group}"
-    config = composed(f"+recipe={recipe}", group, "experts.rank=2", "experts.alpha=4", *overrides)
+    sizes = ["experts.rank=2", "experts.alpha=4"]
+    if "plain" in recipe_file(recipe).get("experts", {}):
+        sizes += ["experts.plain.rank=2", "experts.plain.alpha=4"]
+    config = composed(f"+recipe={recipe}", group, *sizes, *overrides)
     skip_unless_it_has_sites(config)
     changes: dict[str, Any] = {"layout": fitted(config.experts.layout, model.config.num_hidden_layers)}
     if needs_adapters(config):

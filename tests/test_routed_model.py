@@ -47,10 +47,10 @@ def stir(routed: RoutedModel, seed=1, routers=1.0, experts=True) -> None:
     as they are)."""
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
-        for layer in routed.layers.values():
-            if experts:
-                layer.bank.up.normal_(0, 0.1, generator=generator)
-            for parameter in layer.router.parameters() if routers and layer.router is not None else ():
+        for name, owner in {**routed.layers, **routed.blocks}.items():
+            if experts and name in routed.layers:
+                owner.bank.up.normal_(0, 0.1, generator=generator)
+            for parameter in owner.router.parameters() if routers and owner.router is not None else ():
                 parameter.normal_(0, routers, generator=generator)
 
 

@@ -1,12 +1,12 @@
 """Every shipped recipe, found by globbing, against its slow twin; `tests/twins/` says how to write one."""
 
 import copy
+from dataclasses import replace
 
 import pytest
 import torch
 
-from loramoe_train.build import build_aux
-from loramoe_train.experts.adapters import adapter_tensors
+from loramoe_train.build import RoutedModel, build_aux
 from loramoe_train.training.optim import build_optimizer
 from loramoe_train.training.stages import plan_stages
 from loramoe_train.validation import domains_of
@@ -21,7 +21,8 @@ SHAPES = {
     "qwen3": {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 4, "head_dim": 6},
     "falcon_mamba": {"hidden_size": 12, "num_hidden_layers": 4, "state_size": 3, "time_step_rank": 4},
 }
-LENGTHS, DOMAINS = (4, 3), (4, 1)  # of the rows of the batch
+LENGTHS, DOMAINS, TASKS = (4, 3), (4, 1), (3, 0)  # of the rows of the batch
+PROMPTS = (3, 2)  # how much of each row is no answer
 
 
 def twin_of(recipe: str) -> Twin:
@@ -49,12 +50,13 @@ def stage_of_ours(made: Made, number: int | None):
     inputs = {"attention_mask": valid.long(), "use_cache": False}
     if number is None:
         routed.context.mode = "learned"
-        with torch.no_grad():
-            return routed.model.eval()(ids, **inputs).logits, 0.0
+        return evaluated(routed, ids, inputs), 0.0
     plans = plan_stages(config.trainer, dict.fromkeys(config.trainer.stages, 1000), aux_losses=config.aux_loss)
     enter_stage(routed, config, plans[number].name)
     terms = build_aux(config, routed.plan)
-    given = facts(ids, DOMAINS, valid)
+    answer = valid & (torch.arange(ids.shape[1]) >= torch.tensor(PROMPTS).view(-1, 1))
+    task_N = facts(ids, TASKS, valid).domain_N
+    given = replace(facts(ids, DOMAINS, valid), task_N=task_N, supervised_N=answer.reshape(-1))
     with routed.context.open(given) as records:
         logits, total = routed.model(ids, **inputs).logits, 0.0
         for name in plans[number].aux_losses:
@@ -63,15 +65,22 @@ def stage_of_ours(made: Made, number: int | None):
     return logits, total
 
 
+def evaluated(routed: RoutedModel, ids, inputs):
+    """Logits of all rows; each is answered as an example of its task, whose prompt ends where its own does."""
+    rows = []
+    for row, (task, domain, prompt) in enumerate(zip(TASKS, DOMAINS, PROMPTS, strict=True)):
+        with torch.no_grad(), routed.context.serving(task=task, domain=domain, prompt=prompt):
+            rows.append(routed.model.eval()(ids, **inputs).logits[row])
+    return torch.stack(rows)
+
+
 def case_of(made: Made, base: torch.nn.Module, number: int | None) -> Case:
-    tensors = {name: t.detach().clone().requires_grad_() for name, t in adapter_tensors(made.routed.layers).items()}
+    tensors = {name: t.detach().clone().requires_grad_() for name, t in made.routed.tensors().items()}
     ids, valid = batch()
     adapters = tuple(adapter.modules for adapter in made.adapters)
     domains = len(domains_of(made.config))
-    experts = made.config.experts
-    return Case(
-        copy.deepcopy(base), tensors, ids, valid, DOMAINS, domains, experts.rank, experts.alpha, adapters, number
-    )
+    experts, rows = made.config.experts, (ids, valid, DOMAINS, TASKS, PROMPTS)
+    return Case(copy.deepcopy(base), tensors, *rows, domains, experts.rank, experts.alpha, adapters, number)
 
 
 def compare(recipe: str, kind: str, folder, *overrides: str) -> None:
@@ -80,6 +89,7 @@ def compare(recipe: str, kind: str, folder, *overrides: str) -> None:
     base = KINDS[kind].make(**SHAPES[kind]).double()
     made = make(recipe, kind, folder, "experts.dropout=0", *overrides, **SHAPES[kind])
     made.routed.model.double()
+    begin_again(made)
     # small enough that some tokens are undecided
     stir(made.routed, routers=0.3, experts=not made.adapters)
     stages = made.config.trainer.stages
@@ -95,11 +105,24 @@ def compare(recipe: str, kind: str, folder, *overrides: str) -> None:
             check_gradients(made, case, ours, theirs, valid)
 
 
+def begin_again(made: Made) -> None:
+    """What experts measure of the base they measured in float32. Then values that training could have led to."""
+    generator = torch.Generator().manual_seed(7)
+    for layer in made.routed.layers.values():
+        layer.bank.begin(layer.base)
+        magnitude = getattr(layer.bank, "magnitude", None)
+        if magnitude is not None:
+            magnitude.data.mul_(1.0 + 0.2 * torch.rand(magnitude.shape, generator=generator))
+    for parameter in made.routed.groups.get("base", {}).values():
+        parameter.data.mul_(1.0 + 0.2 * torch.rand(parameter.shape, generator=generator))
+
+
 def check_gradients(made: Made, case: Case, mine, theirs, valid) -> None:
     """Of the logits and of the auxiliary loss apart, so that the smaller is not lost in the larger."""
     named = {n: p for members in made.routed.groups.values() for n, p in members.items() if p.requires_grad}
     twins = [case.tensors[name] for name in named]
     probe = torch.randn(mine[0].shape, generator=torch.Generator().manual_seed(6), dtype=torch.float64)[valid]
+    unused = set(named)  # some learn from the auxiliary loss alone
     for which, (one, other) in enumerate(zip(mine, theirs, strict=True)):
         one, other = (torch.as_tensor(value) for value in (one, other))
         if which == 0:
@@ -110,13 +133,14 @@ def check_gradients(made: Made, case: Case, mine, theirs, valid) -> None:
         found = torch.autograd.grad(one, list(named.values()), retain_graph=True, allow_unused=True)
         wanted = torch.autograd.grad(other, twins, retain_graph=True, allow_unused=True)
         for name, gradient, twin in zip(named, found, wanted, strict=True):
-            assert which == 1 or twin is not None, f"the paper has nothing that {name} would be used for"
-            gradient, twin = (torch.zeros(()) if value is None else value for value in (gradient, twin))
+            if twin is not None:
+                unused.discard(name)
+            gradient, twin = (torch.zeros_like(named[name]) if value is None else value for value in (gradient, twin))
             scale = float(twin.abs().max()) if twin.numel() else 0.0
             # norms and scans of the base compute in float32, whatever the model's dtype
-            ours = gradient.double().expand_as(twin)
             tolerance = {"rtol": 0, "atol": 1e-5 * scale + 1e-12, "msg": lambda m, n=name: f"{n}: {m}"}
-            torch.testing.assert_close(ours, twin.double(), **tolerance)
+            torch.testing.assert_close(gradient.double(), twin.double(), **tolerance)
+    assert not unused, f"the paper has nothing that {sorted(unused)[0]} would be used for"
 
 
 def check_rates(made: Made, twin: Twin) -> None:
@@ -152,6 +176,20 @@ def test_a_recipe_is_what_its_paper_says(recipe, kind, tmp_path):
         ("rslora", "experts.scale=alpha_over_rank"),
         ("lora_plus", "trainer.up_lr_ratio=16"),
         ("lora", "experts.sites=all_linear"),
+        ("mixlora", "experts.mixing=delta"),
+        ("mixlora", "aux_loss.load_balance.make.share=per_pick"),
+        ("mixlora_dora", "aux_loss.load_balance.make.pool=sample"),
+        ("llava_mole", "aux_loss.load_balance.make.pool=model"),
+        ("llava_mole", "router.make.score.bias=false"),
+        ("xlora", "router.make.temperature=1.1"),
+        ("lora_per_task", "router.make.origin=domain"),
+        ("moelora_task", "experts.scale=alpha_over_sqrt_rank"),
+        ("moelora_task", "router.make.temperature=2"),
+        ("dora", "experts=default"),
+        ("pissa", "experts=default"),
+        ("full_finetune", "trainer.stages.again={train: [base]}"),
+        ("mole", "router.make.learn_temperature=false"),
+        ("mole", "aux_loss.neg_log_mean.make.tokens=valid"),
     ],
 )
 def test_a_wrong_recipe_is_found_out(recipe, change, tmp_path):

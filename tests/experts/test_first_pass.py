@@ -1,4 +1,5 @@
-"""One decision for the whole model from a first pass of the base: against loops and PEFT's X-LoRA, packed, cached."""
+"""One decision for the whole model from a first pass of the base: its options against loops and PEFT's X-LoRA, packed,
+cached; `tests/test_twins.py` compares the recipe."""
 
 import copy
 from functools import cache
@@ -16,8 +17,8 @@ from loramoe_train.experts.peft_folder import read_peft_folder
 from loramoe_train.planning import make_counts
 from tests.composing import composed
 from tests.conftest import make_llama
-from tests.reference import mixture
 from tests.test_routed_model import facts, ids_of, make_mamba, make_peft, route
+from tests.twins.first_pass import FirstPass
 
 RECIPE = ("+recipe=xlora", "router.make.score.depth=3", "router.make.score.width=16", "router.make.score.dropout=0")
 TOP_2 = ("router.top_k=2", "router.make.train.select._target_=loramoe_train.routers.select.TopK")
@@ -84,70 +85,32 @@ def sharpen(routed, seed=1):
 # -- values and gradients ----------------------------------------------------------------------------------------------
 
 
-def by_hand(routed, base, ids, *, per_site, top_k):
-    """(logits, gradients) of sum(logits^2) from the equations: two passes of the plain base, loops over the rest."""
-    leaf = {name: p.detach().clone().requires_grad_() for group in routed.groups.values() for name, p in group.items()}
-    (owner,) = routed.blocks
-    with torch.no_grad():
-        hidden_ND = base(ids, use_cache=False, output_hidden_states=True).hidden_states[-1].flatten(0, 1)
-    experts, depth = len(next(iter(routed.plan.values())).ranks), 3
-    weights = []  # token, site, expert
-    for h in hidden_ND:
-        for layer in range(depth):
-            name = f"{owner}.router.score.layers.{layer}"
-            h = leaf[f"{name}.weight"] @ h + leaf[f"{name}.bias"]
-            h = h.clamp(min=0) if layer < depth - 1 else h
-        rows = []
-        for z in h.view(-1, experts):
-            p = torch.exp(z) / torch.exp(z).sum()
-            best = sorted(range(experts), key=lambda e, p=p: -p[e].item())[:top_k]
-            rows.append(torch.stack([p[e] if e in best else 0 * p[e] for e in range(experts)]))
-        weights.append(torch.stack(rows))
-    weights = torch.stack(weights)
-
-    def mixed(module, args, y, site, number):
-        spec, x_ND = routed.plan[site], args[0].flatten(0, -2)
-        downs, ups = (leaf[f"{site}.bank.{name}"].split(spec.ranks) for name in ("down", "up"))
-        parts = [(down, up.T, scale) for down, up, scale in zip(downs, ups, spec.scales, strict=True)]
-        w_NE = weights[:, number if per_site else 0]
-        return mixture(x_ND, module.weight, module.bias, parts, w_NE).view_as(y)
-
-    hooks = [
-        base.get_submodule(site).register_forward_hook(lambda *given, s=site, n=n: mixed(*given, s, n))
-        for n, site in enumerate(routed.plan)
-    ]
-    try:
-        logits = base(ids, use_cache=False).logits
-    finally:
-        for hook in hooks:
-            hook.remove()
-    logits.square().sum().backward()
-    return logits.detach(), {name: p.grad for name, p in leaf.items()}
-
-
-@pytest.mark.parametrize(
-    ("kind", "overrides"),
-    [("llama", ()), ("llama", PER_SITE), ("qwen3", (*PER_SITE, *TOP_2)), ("qwen3", TOP_2), ("falcon_mamba", ())],
-)
-def test_values_and_gradients_equal_loops(kind, overrides, folders):
+@pytest.mark.parametrize(("kind", "overrides"), [("llama", PER_SITE), ("qwen3", (*PER_SITE, *TOP_2)), ("qwen3", TOP_2)])
+def test_options_equal_loops_in_values_and_gradients(kind, overrides, folders):
     routed, config = build(kind, folders, *overrides)
     routed.model.double().train()
     ids = ids_of(2, 4, seed=1)
+    leaf = {name: t.detach().clone().requires_grad_() for name, t in routed.tensors().items()}
+    experts = {}
+    for site, spec in routed.plan.items():
+        downs, ups = (leaf[f"{site}.bank.{name}"].split(spec.ranks) for name in ("down", "up"))
+        experts[site] = [(down, up.T) for down, up in zip(downs, ups, strict=True)]
+    twin = FirstPass(depth=3, per_site=config.router.per_site, chosen=2 if config.router.top_k else None)
     base = copy.deepcopy(base_of(kind)).double().requires_grad_(False)
-    expected, gradients = by_hand(
-        routed, base, ids, per_site=config.router.per_site, top_k=2 if config.router.top_k else 3
-    )
+    expected = twin.logits(base, ids, torch.ones_like(ids), leaf, experts)
+    expected.square().sum().backward()
     with routed.context.open(facts(ids)) as records:
         logits = routed.model(ids, use_cache=False).logits
         logits.square().sum().backward()
         assert list(records) == routed.recorded
     # the norms compute in float32 in either
-    torch.testing.assert_close(logits.detach(), expected, rtol=1e-6, atol=1e-6)
-    assert not torch.allclose(expected, base(ids, use_cache=False).logits, atol=0.1)
+    torch.testing.assert_close(logits, expected, rtol=1e-6, atol=1e-6)
+    plain = base_of(kind)(ids, use_cache=False).logits.double()
+    assert not torch.allclose(expected, plain, atol=0.1)
     for group in routed.groups.values():
         for name, p in group.items():
             assert p.grad.abs().max() > 0, name
-            torch.testing.assert_close(p.grad, gradients[name], rtol=1e-5, atol=1e-6, msg=lambda m, n=name: f"{n}: {m}")
+            torch.testing.assert_close(p.grad, leaf[name].grad, rtol=1e-5, atol=1e-6, msg=lambda m, n=name: f"{n}: {m}")
 
 
 @pytest.mark.parametrize(

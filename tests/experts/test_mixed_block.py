@@ -1,5 +1,4 @@
-"""Whole feed-forward experts (MixLoRA), and one decision for three projections (LLaVA-MoLE), against the papers'
-loops."""
+"""Whole feed-forward experts: every way to compute them against loops; `tests/test_twins.py` compares the recipes."""
 
 import copy
 from dataclasses import replace
@@ -7,10 +6,9 @@ from dataclasses import replace
 import pytest
 import torch
 from torch import nn
-from transformers import GPTNeoXConfig, Phi3Config, Qwen3Config
+from transformers import GPTNeoXConfig, Phi3Config
 from transformers.models.gpt_neox.modeling_gpt_neox import GPTNeoXMLP
 from transformers.models.phi3.modeling_phi3 import Phi3MLP
-from transformers.models.qwen3 import Qwen3ForCausalLM
 
 from loramoe_train.build import attach, build_aux, check_fit, feed_forwards, plan_sites
 from loramoe_train.errors import ConfigError
@@ -26,24 +24,14 @@ from loramoe_train.models import meta_model
 from loramoe_train.models.loading import checkpoint_activations
 from tests.composing import composed
 from tests.conftest import make_llama
-from tests.experts.ffn_loops import Loops
 from tests.test_routed_model import facts, ids_of
+from tests.test_twins import compare
+from tests.twins.blocks import Loops
 
 SMALL = ("model=smollm2_135m", "experts.rank=2", "experts.alpha=4", "experts.layout=4", "experts.dropout=0")
 SMALL += ("experts.plain.rank=2", "experts.plain.alpha=4")
 MIXLORA = ("+recipe=mixlora", *SMALL)
 DOMAINS = ("a", "b", "c")
-
-
-def make_qwen3():
-    shape = dict(vocab_size=50, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4)
-    torch.manual_seed(0)
-    return Qwen3ForCausalLM(
-        Qwen3Config(**shape, num_key_value_heads=2, head_dim=12, max_position_embeddings=256)
-    ).eval()
-
-
-MODELS = {"llama": lambda: make_llama(vocab_size=50), "qwen3": make_qwen3}
 
 
 def route(model, config, *, stirred=True):
@@ -92,36 +80,9 @@ def probe(logits, valid):
     return (logits * weights * valid.unsqueeze(-1)).sum()
 
 
-@pytest.mark.parametrize("kind", MODELS)
-@pytest.mark.parametrize(
-    ("recipe", "form"),
-    [("mixlora", "concatenated"), ("mixlora", "grouped"), ("mixlora_dora", "auto"), ("llava_mole", "auto")],
-)
-def test_outputs_losses_and_gradients_are_those_of_the_paper(recipe, form, kind):
-    config = composed(f"+recipe={recipe}", *SMALL, f"experts.form={form}")
-    base = MODELS[kind]().double().requires_grad_(False)
-    routed = route(copy.deepcopy(base), config)
-    routed.model.double()
-    for layer in routed.layers.values():
-        if layer.bank.mixes_outputs:  # lengths of the frozen rows in float64, too
-            own = layer.bank.magnitude.detach().clone()
-            layer.bank.begin(layer.base)
-            layer.bank.magnitude.data = own
-    ids, valid, tokens = batch()
-    logits, value, gradients = one_pass(routed, config, ids, valid, tokens)
-
-    leaves = {name: p.detach().clone().requires_grad_() for name, p in parameters_of(routed).items()}
-    loops = Loops(base, leaves, rank=2, scale=2.0)
-    llava = recipe == "llava_mole"
-    wanted = loops.run(ids, valid, loops.llava_mole if llava else loops.mixlora)
-    balance = loops.llava_balance(valid) if llava else loops.mixtral_balance(valid)
-    (probe(wanted, valid) + 10 * balance).backward()
-    torch.testing.assert_close(logits[valid], wanted.detach()[valid])
-    torch.testing.assert_close(value.detach(), balance.detach(), check_dtype=False)
-    assert gradients.keys() == leaves.keys()
-    for name, leaf in leaves.items():
-        assert leaf.grad.abs().sum() > 0, name
-        torch.testing.assert_close(gradients[name], leaf.grad, msg=lambda m, n=name: f"{n}: {m}")
+@pytest.mark.parametrize("form", ["concatenated", "grouped"])
+def test_either_form_is_what_the_paper_says(form, tmp_path):
+    compare("mixlora", "llama", tmp_path, f"experts.form={form}")
 
 
 @pytest.mark.parametrize("mode", ["uniform", "by_domain", "off"])

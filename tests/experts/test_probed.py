@@ -1,4 +1,4 @@
-"""Gates on experts' outputs: against the equations one example at a time, blind to answers, frozen while generating."""
+"""Gates on experts' outputs: against the twin, blind to answers, frozen while generating."""
 
 import copy
 from types import SimpleNamespace
@@ -6,7 +6,6 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from torch.func import functional_call
 
 from loramoe_train.build import build_aux, check_fit, plan_sites
 from loramoe_train.data.collate import collate
@@ -21,6 +20,8 @@ from tests.composing import composed
 from tests.conftest import make_llama
 from tests.evaluation.rows import write_local
 from tests.test_routed_model import ids_of, make_mamba, make_peft, route
+from tests.twins import Case
+from tests.twins.sequence import TWINS
 
 COVERED = (("q_proj", "v_proj", "up_proj"), ("q_proj", "o_proj"), ("k_proj", "gate_proj", "down_proj"))
 LENGTHS, PROMPTS = (7, 5, 6), (3, 1, 4)
@@ -65,73 +66,28 @@ def open_pass(routed, batch, backward=None):
         return logits, dict(records), tokens
 
 
-def merged(base_block, routed, name, weights):
-    """Parameters of a block with sum_i w_i LoRA_i folded into its linears."""
-    found = dict(base_block.named_parameters())
-    for site, layer in routed.layers.items():
-        if site.rpartition(".")[0] == name:
-            key = f"{site.rpartition('.')[2]}.weight"
-            found[key] = found[key] + sum(w * layer.bank.delta(e) for e, w in enumerate(weights))
-    return found
-
-
-def one_example(base, routed, ids, prompt):
-    """(logits, weights by block) of one example: every block's equations on merged weights, nothing shared."""
-    inner, decided = base.model, {}
-    h = inner.embed_tokens(ids[None])
-    position = inner.rotary_emb(h, torch.arange(len(ids))[None])
-
-    def run(block, name, weights, x):
-        given = (x, position) if name.endswith("self_attn") else (x,)
-        y = functional_call(block, merged(block, routed, name, weights), given)
-        return y[0] if isinstance(y, tuple) else y
-
-    def gated(block, name, x):
-        router, total = routed.blocks[name].router, len(COVERED)
-        nothing = run(block, name, [0.0] * total, x)
-        outputs = []
-        for expert in range(total):
-            alone = run(block, name, [float(e == expert) for e in range(total)], x)
-            outputs.append((alone - nothing)[0, :prompt].mean(dim=0))
-        beside = torch.cat(outputs)
-        scores = [row @ beside / beside.square().sum().sqrt() for row in router.score.weight]
-        powers = [torch.exp(score / torch.exp(router.log_temperature)) for score in scores]
-        decided[name] = torch.stack([power / sum(powers) for power in powers])
-        return run(block, name, decided[name], x)
-
-    for number, layer in enumerate(inner.layers):
-        h = h + gated(layer.self_attn, f"model.layers.{number}.self_attn", layer.input_layernorm(h))
-        h = h + gated(layer.mlp, f"model.layers.{number}.mlp", layer.post_attention_layernorm(h))
-    return base.lm_head(inner.norm(h))[0], decided
-
-
 def test_values_and_gradients_equal_the_equations(tmp_path):
+    """Gates over attention and feed-forward blocks, LoRAs that some blocks lack."""
     routed, base, config = build(tmp_path)
-    routed.model.double().train(), base.double()
+    routed.model.double().train()
     gates = routed.groups["routers"]
     assert len(gates) == 8 and all(isinstance(block, ProbedBlock) for block in routed.blocks.values())
     (term,) = build_aux(config, routed.plan).values()
     batch = collate(examples(), pad_id=0, multiple=4)
     ours, records, tokens = open_pass(routed, batch)
     assert sorted(records) == sorted(routed.recorded) == sorted(routed.blocks)
-    balance = term.loss(records, tokens, term.loss.statistics(records, tokens))
-    loss = sum(logits.square().mean() for logits in ours) + term.weight * balance
-    gradients = torch.autograd.grad(loss, list(gates.values()))
-
-    slow, weights = [], []
-    for example, prompt in zip(examples(), PROMPTS, strict=True):
-        logits, decided = one_example(base, routed, torch.from_numpy(example.ids).long(), prompt)
-        slow.append(logits)
-        weights.append(torch.stack([decided[name] for name in routed.blocks]))
-    for n in range(len(LENGTHS)):
-        torch.testing.assert_close(ours[n], slow[n])
-        for block, name in enumerate(routed.blocks):
-            own = records[name].weights_NE[tokens.sample_N == n]
-            torch.testing.assert_close(own, weights[n][block].expand_as(own))
-    q_E = torch.stack(weights).mean(dim=(0, 1))
-    torch.testing.assert_close(balance, -q_E.log().sum())
-    slow_loss = sum(logits.square().mean() for logits in slow) + 0.5 * -q_E.log().sum()
-    expected = torch.autograd.grad(slow_loss, list(gates.values()))
+    balance = term.weight * term.loss(records, tokens, term.loss.statistics(records, tokens))
+    leaves = {name: t.clone().requires_grad_() for name, t in routed.tensors().items()}
+    adapters = [read_peft_folder(tmp_path / str(number)).modules for number in range(len(COVERED))]
+    shape = {"domains": (0, 0, 0), "tasks": (0, 0, 0), "num_domains": 1, "rank": 0, "alpha": 0.0}
+    given = {"prompts": PROMPTS, "adapters": adapters, "stage": 0, **shape}
+    theirs_BSV, slow_balance = TWINS["mole"](Case(base.double(), leaves, batch.input_ids, batch.valid, **given))
+    slow = [theirs_BSV[row, :length] for row, length in enumerate(LENGTHS)]
+    for one, two in zip((*ours, balance), (*slow, slow_balance), strict=True):
+        torch.testing.assert_close(one, two)
+    loss, slow_loss = (sum(logits.square().mean() for logits in each) for each in (ours, slow))
+    gradients = torch.autograd.grad(loss + balance, list(gates.values()))
+    expected = torch.autograd.grad(slow_loss + slow_balance, [leaves[name] for name in gates])
     for name, one, two in zip(gates, gradients, expected, strict=True):
         assert two.abs().max() > 0, name
         torch.testing.assert_close(one, two, msg=lambda text, n=name: f"{n}: {text}")

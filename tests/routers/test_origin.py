@@ -1,7 +1,6 @@
-"""Routing by task: gate and hard choice against loops; the same as one folded LoRA in generation and when stored."""
+"""Routing by task: the same as one folded LoRA in generation and when stored; what it must be told. Values: twins."""
 
 import copy
-from contextlib import contextmanager
 
 import pytest
 import torch
@@ -20,7 +19,7 @@ from loramoe_train.routing.context import RoutingContext
 from tests.composing import composed
 from tests.conftest import make_llama
 from tests.contracts import check_router
-from tests.test_routed_model import facts, ids_of
+from tests.test_routed_model import ids_of
 
 TASKS = ("tiny_math", "tiny_code", "tiny_facts")
 SMALL = (f"data.tasks=[{','.join(TASKS)}]", "experts.dropout=0", "experts.rank=2", "experts.alpha=4")
@@ -38,68 +37,6 @@ def build(recipe, *overrides):
         for layer in routed.layers.values():
             layer.bank.up.normal_(0, 0.2, generator=generator)
     return routed, base, config
-
-
-def weights_by_hand(recipe, layer, task):
-    """The experts' weights of one task at one site, one at a time."""
-    if recipe == "lora_per_task":
-        return [1.0 if expert == task else 0.0 for expert in range(layer.bank.num_experts)]
-    score = layer.router.score
-    powers = [torch.exp(sum(w * v for w, v in zip(row, score.embedding[task], strict=True))) for row in score.weight]
-    return [power / sum(powers) for power in powers]
-
-
-@contextmanager
-def as_loops(recipe, routed, tasks):
-    """The model with every row's experts added one by one to the base's outputs."""
-
-    def add(layer, x, y):
-        rows = []
-        for row, task in enumerate(tasks):
-            total = y[row]
-            for expert, weight in enumerate(weights_by_hand(recipe, layer, task)):
-                total = total + weight * (x[row] @ layer.bank.delta(expert).T)
-            rows.append(total)
-        return torch.stack(rows)
-
-    hooks = [
-        layer.base.register_forward_hook(lambda _, args, y, layer=layer: add(layer, args[0], y))
-        for layer in routed.layers.values()
-    ]
-    try:
-        with routed.context.override("off"):
-            yield
-    finally:
-        for hook in hooks:
-            hook.remove()
-
-
-@every
-def test_a_mixed_batch_equals_loops_in_values_and_gradients(recipe):
-    routed, _, _ = build(recipe)
-    routed.model.double().train()
-    ids, tasks = ids_of(rows=3, length=5), [2, 0, 1]
-    valid = torch.arange(5) < torch.tensor([[5], [3], [4]])
-    found = []
-    for twin in (False, True):
-        with routed.context.open(facts(ids, tasks, valid)) as records:
-            if twin:
-                with as_loops(recipe, routed, tasks):
-                    logits = routed.model(ids, attention_mask=valid.long(), use_cache=False).logits
-            else:
-                logits = routed.model(ids, attention_mask=valid.long(), use_cache=False).logits
-                assert sorted(records) == sorted(routed.plan)
-            logits[valid].square().sum().backward()
-        parameters = {name: p for group in routed.groups.values() for name, p in group.items()}
-        found.append((logits[valid].detach(), {name: p.grad.clone() for name, p in parameters.items()}))
-        for parameter in parameters.values():
-            parameter.grad = None
-    (ours, gradients), (loops, slow) = found
-    torch.testing.assert_close(ours, loops)
-    assert len(gradients) == len(routed.plan) * (4 if recipe == "moelora_task" else 2)
-    for name, gradient in gradients.items():
-        assert gradient.abs().max() > 0, name
-        torch.testing.assert_close(gradient, slow[name], msg=lambda text, n=name: f"{n}: {text}")
 
 
 @every

@@ -43,7 +43,9 @@ class Case:
     tensors: Mapping[str, Tensor]  # what an adapter stores, by full name: float64 leaves that collect gradients
     ids_BS: Tensor
     valid_BS: Tensor  # bool; padding is on the right
-    domains: Sequence[int]  # of each row; the number of its task is the same
+    domains: Sequence[int]  # the number of each row's domain
+    tasks: Sequence[int]  # and of its task; a run has as many tasks as domains here
+    prompts: Sequence[int]  # how many of each row's first tokens are no answer
     num_domains: int
     rank: int  # of a fresh expert in this run, with its alpha: tests make both small
     alpha: float

@@ -25,6 +25,7 @@ class Token:
     router: Mapping[str, Tensor]  # the linear's own, by the names that they have in it
     experts: int
     domain: int
+    task: int
     row: int
     site: str
     layer: int
@@ -103,7 +104,7 @@ def _adder(
         """What the experts give to one token; nothing to padding, which no real token can see."""
         if not case.valid_BS[row, position]:
             return 0.0
-        token = Token(x_D, router, len(experts), case.domains[row], row, site, layer)
+        token = Token(x_D, router, len(experts), case.domains[row], case.tasks[row], row, site, layer)
         weights, p = weigh(token)
         decided.append(Decided(token, weights, p))
         total: Tensor | float = 0.0

@@ -124,7 +124,7 @@ def loramoe_loss(decided: Sequence[Decided]) -> Any:
     for members in by_key(decided, lambda token: token.site).values():
         z = []
         for example in by_key(members, lambda token: token.row).values():
-            first_half_is_own = example[0].token.domain % 2 == 0
+            first_half_is_own = example[0].token.task % 2 == 0
             for e in range(6):
                 q = sum(entry.p[e] for entry in example) / len(example)
                 z.append(q * (1.1 if (e < 3) == first_half_is_own else 0.9))
