@@ -369,7 +369,7 @@ def test_blocks_of_other_shapes(make):
     block, names, wanted = make()
     model = nn.Module()
     model.layers = nn.ModuleList([nn.ModuleDict({"mlp": block})])
-    model.get_input_embeddings = lambda: nn.Embedding(2, 8)
+    model.config = GPTNeoXConfig(hidden_size=8, num_attention_heads=2)
     ffn = f"model.sites.ffn=[mlp.{names[0]},mlp.{names[1]}]"
     config = composed(*MIXLORA, "experts.plain=null", "model.layers=layers", ffn)
     exact = copy.deepcopy(block)
