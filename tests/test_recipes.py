@@ -126,24 +126,24 @@ def test_a_new_process_loads_the_same_model(ran, other_process, tmp_path):
 # -- on random models of a few thousand parameters ---------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("kind", ["llama", "falcon_mamba"])
 @every_recipe
-def test_with_a_cache_it_says_what_it_says_without(recipe, tmp_path):
-    routed, _ = make_routed(recipe, "llama", tmp_path)
-    ids = ids_of(rows=2)
+def test_with_a_cache_it_says_what_it_says_without(recipe, kind, tmp_path):
+    """Token by token, and in a generation loop."""
+    routed, _ = make_routed(recipe, kind, tmp_path)
+    ids, cache = ids_of(rows=2), "past_key_values" if kind == "llama" else "cache_params"
     serving = {"task": 1, "domain": 1}
     with torch.no_grad(), routed.context.serving(**serving, prompt=3):
         full = routed.model.eval()(ids, use_cache=False).logits
         out = routed.model(ids[:, :3], use_cache=True)
         steps = [out.logits]
         for position in range(3, ids.shape[1]):
-            past = out.past_key_values
-            out = routed.model(ids[:, position : position + 1], past_key_values=past, use_cache=True)
+            out = routed.model(ids[:, position : position + 1], use_cache=True, **{cache: out[cache]})
             steps.append(out.logits)
         torch.testing.assert_close(torch.cat(steps, dim=1), full, rtol=1e-4, atol=1e-5)
     with torch.no_grad(), routed.context.serving(**serving, prompt=ids.shape[1]):
-        spoken = [
-            routed.model.generate(ids, max_new_tokens=5, do_sample=False, use_cache=cache) for cache in (True, False)
-        ]
+        told = {"max_new_tokens": 5, "do_sample": False}
+        spoken = [routed.model.generate(ids, use_cache=use, **told) for use in (True, False)]
     assert torch.equal(*spoken) and spoken[0].shape[1] > ids.shape[1]
 
 

@@ -18,6 +18,7 @@ class SuggestConfig(Strict):
     alpha: float | None = None
     dropout: float | None = None
     lr: float | None = None
+    down_lr: float | None = None  # of the down factors where up factors learn many times faster
     router_lr: float | None = None
     base_lr: float | None = None  # where the base's own weights train
     batch_size: int | None = None
