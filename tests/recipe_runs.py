@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -60,19 +61,22 @@ class Ready:
             self.parts.parts.save_adapter(run_dir, self.parts.parts.adapter_tensors())
 
 
-def overrides_of(recipe: str, folder: Path, *more: str) -> tuple[str, ...]:
-    """The command line of a short run of the recipe, with adapters in `folder` where it starts from some."""
-    given = (f"+recipe={recipe}", *QUICK, *more)
-    config = composed(*given)
+def short_run(recipe: str, folder: Path, *more: str) -> RunConfig:
+    """A short run of the recipe, with adapters in `folder` where it starts from some."""
+    config = composed(f"+recipe={recipe}", *QUICK, *more)
     if not needs_adapters(config):
-        return given
-    adapters = write_adapters(folder, len(domains_of(config)), config)
-    return (*given, f"experts.adapters=[{','.join(map(str, adapters))}]")
+        return config
+    adapters = [str(path) for path in write_adapters(folder, len(domains_of(config)), config)]
+    return changed(config, "experts", adapters=adapters)
 
 
-def get_ready(*overrides: str) -> Ready:
-    """Compose, check and prepare, as the command does."""
-    config = composed(*overrides)
+def changed(config: RunConfig, group: str, **values: Any) -> RunConfig:
+    """The config with other values in a group."""
+    return config.model_copy(update={group: getattr(config, group).model_copy(update=values)})
+
+
+def get_ready(config: RunConfig) -> Ready:
+    """Check and prepare, as the command does."""
     return Ready(config, prepare(config, settle(config), device=torch.device("cpu")))
 
 

@@ -2,7 +2,7 @@
 
 `python -m tests.recipe_worker load` reads lines {"folder", "ids", "out"}: rebuilds the run in `folder` as the command
 `loramoe-eval` does, writes its logits to `out` and answers `done`. `python -m tests.recipe_worker train JOBS.json`, one
-rank or several, trains every {"overrides", "run_dir"} in float64 and writes `weights.safetensors` there.
+rank or several, trains every {"config", "run_dir"} in float64 and writes `weights.safetensors` there.
 """
 
 import json
@@ -15,6 +15,7 @@ from safetensors.torch import save_file
 
 from loramoe_train.reuse import config_of
 from loramoe_train.run import rebuild
+from loramoe_train.schema.run import RunConfig
 from tests.recipe_runs import get_ready, logits_of
 
 
@@ -26,7 +27,7 @@ def load(job: dict[str, Any]) -> None:
 
 def train(jobs: list[dict[str, Any]]) -> None:
     for job in jobs:
-        ready, run_dir = get_ready(*job["overrides"]), Path(job["run_dir"])
+        ready, run_dir = get_ready(RunConfig.model_validate(job["config"])), Path(job["run_dir"])
         ready.routed.model.double()
         ready.train(run_dir)
         if torch.distributed.is_initialized() and torch.distributed.get_rank() > 0:

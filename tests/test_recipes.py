@@ -18,7 +18,7 @@ from loramoe_train.experts import bank as bank_module
 from loramoe_train.experts.mixed_block import MixedBlock
 from tests.composing import RECIPE_NAMES, composed
 from tests.recipe_passes import CASES, enter_stage, make_routed, one_pass
-from tests.recipe_runs import Ready, differing, get_ready, logits_of, overrides_of
+from tests.recipe_runs import Ready, changed, differing, get_ready, logits_of, short_run
 from tests.recipe_worker import train
 from tests.test_routed_model import ids_of
 from tests.training.processes import ROOT, read_until
@@ -40,8 +40,6 @@ def _one_thread() -> Iterator[None]:
 class Ran:
     """A finished short run on the embedded model and data. Do not train it further."""
 
-    recipe: str
-    overrides: tuple[str, ...]
     run_dir: Path
     ready: Ready
     before: dict[str, Tensor]  # adapter tensors at the start
@@ -54,14 +52,13 @@ class Ran:
 @pytest.fixture(scope="module", params=RECIPE_NAMES)
 def ran(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Ran:
     folder = tmp_path_factory.mktemp(request.param)
-    overrides = overrides_of(request.param, folder, "experts.dropout=0.05")
-    ready = get_ready(*overrides)
+    ready = get_ready(short_run(request.param, folder, "experts.dropout=0.05"))
     before = ready.weights()
     stored = {tensor.data_ptr() for tensor in ready.parts.parts.adapter_tensors().values()}
     state = ready.routed.model.state_dict()
     base = {name: tensor.clone() for name, tensor in state.items() if tensor.data_ptr() not in stored}
     ready.train(folder / "run")
-    return Ran(request.param, overrides, folder / "run", ready, before, base)
+    return Ran(folder / "run", ready, before, base)
 
 
 # -- on the embedded model ---------------------------------------------------------------------------------------------
@@ -91,7 +88,7 @@ def _is_lonely(ran: Ran, name: str) -> bool:
 
 
 def test_resumed_in_the_middle_it_is_the_same_run(ran, tmp_path):
-    again = get_ready(*ran.overrides)
+    again = get_ready(ran.ready.config)
     torch.manual_seed(7)  # whatever happened in between
     again.train(tmp_path / "run", resume=ran.run_dir / "checkpoints" / "step_000002")
     assert differing(ran.ready.weights(), again.weights()) == []
@@ -189,9 +186,10 @@ def test_two_processes_train_as_one(tmp_path):
         folder = tmp_path / recipe
         folder.mkdir()
         # a step is one micro-batch: of which examples it would be made up else depends on the number of processes
+        config = short_run(recipe, folder, *own)
         for name, rows in (("one", 8), ("two", 4)):
-            given = overrides_of(recipe, folder / name, *own, f"trainer.micro_batch_size={rows}")
-            jobs[name].append({"overrides": given, "run_dir": str(folder / name)})
+            plain = changed(config, "trainer", micro_batch_size=rows).plain()
+            jobs[name].append({"config": plain, "run_dir": str(folder / name)})
     running = start_pair(jobs["two"], tmp_path / "jobs.json")
     train(jobs["one"])
     _, errors = running.communicate(timeout=300)
