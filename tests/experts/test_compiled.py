@@ -36,8 +36,14 @@ def compiled_and_not(recipe, folder, *overrides, backend="aot_eager", **changes)
         own = folder / str(number)
         own.mkdir()
         pair.append(make_routed(recipe, "llama", own, *overrides, **changes))
-    compile_layers(pair[1][0].model.model.layers, pair[1][0].layers.values(), backend=backend)
+    compile_all(pair[1][0], backend)
     return pair
+
+
+def compile_all(routed, backend):
+    """As a run does it."""
+    deciding = (*routed.layers.values(), *routed.blocks.values())
+    compile_layers(routed.model.model.layers, deciding, backend=backend)
 
 
 def check_same(plain, compiled, *, rtol=1e-4, atol=1e-6):
@@ -100,7 +106,7 @@ def test_layers_that_are_alike_share_their_code_and_stages_follow_each_other(tmp
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "overrides",
-    [("experts.layout=[2,4]", "experts.sites=all_linear"), ("experts.rank=16", "experts.layout=16")],
+    [("experts.layout=2444", "router.top_k=2", "experts.sites=all_linear"), ("experts.rank=16", "experts.layout=16")],
     ids=["layers that differ", "grouped uncompiled"],
 )
 def test_sparse_routing_in_other_layouts(overrides, tmp_path):
@@ -122,7 +128,7 @@ def test_with_checkpointing_around_it(backend, tmp_path):
     plain, config = make_routed(recipe, "llama", tmp_path)
     routed, _ = make_routed(recipe, "llama", tmp_path / "other")
     checkpoint_activations(routed.model)
-    compile_layers(routed.model.model.layers, routed.layers.values(), backend=backend)
+    compile_all(routed, backend)
     runs = []
     call = routed.model.model.layers[0]._compiled_call_impl
     inner = call.compiled
