@@ -161,7 +161,8 @@ def _loops(name: str, model: nn.Module, mixture: Mixture) -> Candidate:
 
 
 def _ours(name: str, model: nn.Module, mixture: Mixture, *overrides: str) -> Candidate:
-    from loramoe_train.build import attach, plan_sites
+    from loramoe_train.build import attach
+    from loramoe_train.site_plan import plan_sites
 
     config = routed_config(mixture, *overrides)
     linears = sites_of(model)

@@ -122,8 +122,8 @@ DTYPE = {"choices": ["float32", "bfloat16"], "help": "this one alone; default: t
 
 
 def dtypes(options: argparse.Namespace) -> tuple[str, ...]:
-    """Which to measure, float32 first: `--dtype`, or both, but bfloat16 only where the device need not emulate it (at a
-    tenth of the speed, so that ratios would say nothing of the candidates)."""
+    """Which to measure, float32 first: `--dtype`, or both, but bfloat16 only where the device need not emulate it (so
+    slowly that ratios would say nothing of the candidates)."""
     if options.dtype:
         return (options.dtype,)
     native = multiplies_natively(torch.bfloat16, torch.device(options.device))

@@ -3,34 +3,31 @@
 import hashlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from loramoe_train.errors import ConfigError, nearest
+from loramoe_train.errors import ConfigError
 from loramoe_train.experts.adapters import adapter_tensors
 from loramoe_train.experts.bank import ExpertBank
-from loramoe_train.experts.decisions import DecisionSpec, plan_decisions
-from loramoe_train.experts.feed_forward import FeedForward, check_bank, check_weights, describe
+from loramoe_train.experts.decisions import DecisionSpec
+from loramoe_train.experts.feed_forward import check_bank, check_weights
 from loramoe_train.experts.first_pass import add_first_passes
 from loramoe_train.experts.inject import MakeBank, inject, share_inputs, trainable_groups, wrap_blocks
 from loramoe_train.experts.linear import ExpertLinear
-from loramoe_train.experts.peft_folder import LoraAdapter, read_peft_folder
-from loramoe_train.experts.plan import ExpertSpec, plan_experts, plan_imported
-from loramoe_train.experts.sites import Site
+from loramoe_train.experts.peft_folder import LoraAdapter
+from loramoe_train.experts.plan import ExpertSpec
 from loramoe_train.experts.ssm import adapt_mixers
-from loramoe_train.models import count_layers, find_sites
-from loramoe_train.models.sites import matches
 from loramoe_train.parts import build_part, takes
 from loramoe_train.routing.context import RoutingContext
 from loramoe_train.routing.seat import Owner, Seat
 from loramoe_train.routing.types import Origin
 from loramoe_train.schema.run import RunConfig
 from loramoe_train.serving import origins_in
+from loramoe_train.site_plan import decisions_of, feed_forwards
 from loramoe_train.training.parts import AuxTerm
-from loramoe_train.validation import check_layout, domains_of, trains_base
+from loramoe_train.validation import domains_of, trains_base
 
 
 @dataclass(frozen=True)
@@ -62,94 +59,6 @@ class RoutedModel:
         return {name: parameter.detach() for name, parameter in self.model.named_parameters()}
 
 
-def read_adapters(config: RunConfig) -> list[LoraAdapter]:
-    """The PEFT folders of `experts.adapters`; their base must be this one as far as its name tells."""
-    adapters = [read_peft_folder(Path(path)) for path in config.experts.adapters]
-    own = {config.model.name, config.model.path}
-    for path, adapter in zip(config.experts.adapters, adapters, strict=True):
-        base = adapter.base_model
-        if base and Path(base).name not in {Path(name).name for name in own if name}:
-            raise ConfigError(
-                f"experts.adapters: {path} was trained on '{base}', but the base is '{config.model.name}';"
-                " name the same model"
-            )
-    return adapters
-
-
-def plan_sites(
-    config: RunConfig, model: nn.Module, domains: Sequence[str], adapters: Sequence[LoraAdapter] = ()
-) -> dict[str, ExpertSpec]:
-    """Which site gets which experts. `model` may be on the meta device. ConfigError where nothing fits."""
-    counts, ranks, top_k = check_layout(config, count_layers(model, config.model.layers), list(domains))
-    if not any(counts):
-        return {}
-    sites = find_sites(model, config.model.layers, config.model.sites, config.experts.sites)
-    experts = config.experts
-    if experts.plain is not None:
-        return _with_plain(config, model, sites, counts, ranks, top_k)
-    if not adapters:
-        return plan_experts(sites, counts=counts, ranks=ranks, top_k=top_k, alpha=experts.alpha, scale=experts.scale)
-    _check_coverage(adapters, sites, experts.adapters)
-    rank_of = [{name: pair.down.shape[0] for name, pair in adapter.modules.items()} for adapter in adapters]
-    return plan_imported(sites, rank_of, top_k=top_k)
-
-
-def _with_plain(
-    config: RunConfig,
-    model: nn.Module,
-    sites: Sequence[Site],
-    counts: Sequence[int],
-    ranks: Sequence[int],
-    top_k: Sequence[int] | None,
-) -> dict[str, ExpertSpec]:
-    """A mixture and, on sites of its own, plain LoRA; in the model's order."""
-    experts, plain = config.experts, config.experts.plain
-    beside = find_sites(model, config.model.layers, config.model.sites, plain.sites)
-    both = sorted({site.name for site in sites} & {site.name for site in beside})
-    if both:
-        raise ConfigError(f"experts.plain.sites and experts.sites both select {both[0]}; a site carries one of them")
-    if experts.adapters:
-        raise ConfigError("experts.plain cannot stand beside experts.adapters; set experts.plain=null")
-    layers = len(counts)
-    plan = plan_experts(sites, counts=counts, ranks=ranks, top_k=top_k, alpha=experts.alpha, scale=experts.scale)
-    ones, own = [1] * layers, {"alpha": plain.alpha, "scale": experts.scale}
-    plan |= plan_experts(beside, counts=ones, ranks=[plain.rank] * layers, top_k=None, routed=False, **own)
-    order = find_sites(model, config.model.layers, config.model.sites, "all_linear")
-    return {site.name: plan[site.name] for site in order if site.name in plan}
-
-
-def feed_forwards(config: RunConfig, model: nn.Module, plan: Mapping[str, ExpertSpec]) -> dict[str, FeedForward]:
-    """The blocks whose whole copies are the experts, by name; none unless experts.mixing=output. `model` may be on the
-    meta device. ConfigError where the sites of a block are not those of a feed-forward block."""
-    if config.experts.mixing != "output":
-        return {}
-    order = config.model.sites.get("ffn", [])
-
-    def place(site: Site) -> int:
-        return next((number for number, pattern in enumerate(order) if matches(site.name, pattern)), len(order))
-
-    found = {}
-    for decision in plan_decisions(plan, config.router.scope).values():
-        sites = sorted((plan[name].site for name in decision.sites), key=place)
-        found[decision.name] = describe(decision.name, model.get_submodule(decision.name), sites)
-    return found
-
-
-def _check_coverage(adapters: Sequence[LoraAdapter], sites: Sequence[Site], paths: Sequence[str]) -> None:
-    """Every module of every adapter must be a site of the right size: weights are never dropped without a word."""
-    known = {site.name: site for site in sites}
-    for path, adapter in zip(paths, adapters, strict=True):
-        for name, pair in adapter.modules.items():
-            if name not in known:
-                raise ConfigError(
-                    f"experts.adapters: {path} has weights for {name}, which experts.sites does not select"
-                    f"{nearest(name, known).split('; known')[0]}; use experts.sites=all_linear or name its module"
-                )
-            shape, wanted = (pair.down.shape[1], pair.up.shape[0]), (known[name].in_features, known[name].out_features)
-            if shape != wanted:
-                raise ConfigError(f"experts.adapters: {path}: {name} is {shape} (in, out), the base has {wanted}")
-
-
 def attach(
     config: RunConfig,
     model: nn.Module,
@@ -169,7 +78,7 @@ def attach(
     make_bank, make_router = _makers(config, num_domains=num_domains, num_tasks=num_tasks)
     if not plan and trains_base(config):
         return RoutedModel(model.requires_grad_(False), context, {}, {}, {})
-    decisions = _decisions(config, plan, model)
+    decisions = decisions_of(config, plan, model)
     wide = [decision for decision in decisions.values() if decision.name not in plan]
     mixed = feed_forwards(config, model, plan)
     device = next(model.parameters()).device
@@ -198,16 +107,6 @@ def attach(
                 bank.down[bank.rows(expert)] = pair.down.to(bank.down.device)
                 bank.up[bank.rows(expert)] = pair.up.T.to(bank.up.device)
     return RoutedModel(model, context, dict(plan), layers, blocks)
-
-
-def _decisions(
-    config: RunConfig, plan: Mapping[str, ExpertSpec], model: nn.Module | None = None
-) -> dict[str, DecisionSpec]:
-    """Who decides for which sites. `model`, which may be on the meta device: where routers are to be made."""
-    router, width = config.router, 0
-    if model is not None and router.scope in ("block", "model"):
-        width = model.config.get_text_config().hidden_size
-    return plan_decisions(plan, router.scope, per_site=router.per_site, width=width)
 
 
 def _makers(
@@ -251,7 +150,7 @@ def _makers(
 def build_aux(config: RunConfig, plan: Mapping[str, ExpertSpec]) -> dict[str, AuxTerm]:
     """The configured auxiliary losses, with the facts that they ask for; those that count top-k shares get each site's
     own k. ConfigError where a loss does not fit the plan or the mixture."""
-    terms, decisions = {}, _decisions(config, plan)
+    terms, decisions = {}, decisions_of(config, plan)
     recorded = {name: decision for decision in decisions.values() for name in decision.records}
     for name, term in config.aux_loss.items():
         facts: dict[str, Any] = {"num_experts": {name: decision.num_experts for name, decision in recorded.items()}}
@@ -278,7 +177,7 @@ def check_parts_fit(config: RunConfig, plan: Mapping[str, ExpertSpec], model: nn
     for bank in banks:
         _check_bank(config, bank)
     whole = next((type(bank).__name__ for bank in banks if bank.mixes_outputs), None)
-    deciding = {(d.num_experts, d.top_k, d.d_in): d for d in _decisions(config, plan, model).values()}
+    deciding = {(d.num_experts, d.top_k, d.d_in): d for d in decisions_of(config, plan, model).values()}
     for decision in deciding.values():
         router = make_router(decision, meta)
         _check_router(config, router, whole)
@@ -334,7 +233,7 @@ def static_routes(
         return None
     _, make_router = _makers(config, num_domains=num_domains, num_tasks=num_tasks)
     context, found = RoutingContext(num_domains), {}
-    for decision in _decisions(config, plan).values():
+    for decision in decisions_of(config, plan).values():
         router = make_router(decision, torch.device("cpu"))
         prefix = f"{decision.name}.router."
         router.load_state_dict({n.removeprefix(prefix): t for n, t in tensors.items() if n.startswith(prefix)})

@@ -9,7 +9,7 @@ from typing import Any
 from torch import nn
 
 from loramoe_train import footprint
-from loramoe_train.build import RoutedModel, attach, build_aux, plan_sites, read_adapters
+from loramoe_train.build import RoutedModel, attach, build_aux
 from loramoe_train.errors import LoramoeError
 from loramoe_train.experts.plan import ExpertSpec
 from loramoe_train.models import files_needed, meta_model
@@ -17,6 +17,7 @@ from loramoe_train.routing.context import RoutingContext
 from loramoe_train.schema.run import RunConfig
 from loramoe_train.screen import quiet_libraries, screen
 from loramoe_train.settle import benchmark_names, settle
+from loramoe_train.site_plan import plan_sites, read_adapters
 from loramoe_train.training.stages import plan_stages
 from loramoe_train.validation import domains_of, trains_base
 

@@ -13,15 +13,7 @@ from accelerate import PartialState
 from accelerate.utils import broadcast_object_list, parse_flag_from_env
 from rich.console import Console
 
-from loramoe_train.build import (
-    RoutedModel,
-    attach,
-    build_aux,
-    check_fit,
-    feed_forwards,
-    plan_sites,
-    read_adapters,
-)
+from loramoe_train.build import RoutedModel, attach, build_aux, check_fit
 from loramoe_train.data.build import build_mixture, build_validation
 from loramoe_train.data.mixture import Mixture
 from loramoe_train.data.sampling import drawable
@@ -44,6 +36,7 @@ from loramoe_train.schema.run import RunConfig
 from loramoe_train.screen import quiet_libraries, screen
 from loramoe_train.serving import Served, check_same_origins, served_by
 from loramoe_train.settle import Settled, benchmark_names, settle
+from loramoe_train.site_plan import feed_forwards, plan_sites, read_adapters
 from loramoe_train.training.accelerator import make_accelerator, start_trackers
 from loramoe_train.training.loop import fit
 from loramoe_train.training.memory import memory_errors

@@ -7,7 +7,7 @@ import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 
-from loramoe_train.build import RoutedModel, attach, build_aux, plan_sites
+from loramoe_train.build import RoutedModel, attach, build_aux
 from loramoe_train.errors import ConfigError
 from loramoe_train.experts.adapters import (
     load_weights,
@@ -20,6 +20,7 @@ from loramoe_train.experts.peft_folder import read_peft_folder
 from loramoe_train.routers.router import Policy
 from loramoe_train.routing.types import Tokens
 from loramoe_train.schema.run import RunConfig
+from loramoe_train.site_plan import plan_sites
 from tests.composing import composed
 from tests.conftest import make_llama
 

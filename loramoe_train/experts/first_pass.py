@@ -27,10 +27,10 @@ from loramoe_train.errors import ConfigError
 from loramoe_train.experts.decisions import DecisionSpec
 from loramoe_train.routing.context import RoutingContext
 from loramoe_train.routing.fixed import fixed_routing
+from loramoe_train.routing.prompts import CACHES
 from loramoe_train.routing.seat import Seat
 from loramoe_train.routing.types import apart
 
-CACHES = ("past_key_values", "cache_params")  # what models call it
 EXTRAS = ("output_hidden_states", "output_attentions", "return_dict")  # what the first pass is not asked for
 LINK = "_of_first_pass"  # attribute of a cache: that of the first pass
 

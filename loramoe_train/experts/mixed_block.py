@@ -26,7 +26,7 @@ from loramoe_train.routing.context import RoutingContext
 from loramoe_train.routing.seat import Owner, Seat
 from loramoe_train.routing.types import Routing
 
-BREAK_EVEN = {"cpu": 14.0}  # (E - 1) r; at 6 the concatenated form is slightly faster, at 28 the grouped one by a tenth
+BREAK_EVEN = {"cpu": 14.0}  # (E - 1) r; from one-off trials, which no benchmark repeats: the forms are close around it
 
 
 class MixedBlock(RoutedBlock):

@@ -3,10 +3,11 @@
 import pytest
 import torch
 
-from loramoe_train.build import build_aux, plan_sites
+from loramoe_train.build import build_aux
 from loramoe_train.errors import ConfigError
 from loramoe_train.experts.block import RoutedBlock
 from loramoe_train.experts.decisions import plan_decisions
+from loramoe_train.site_plan import plan_sites
 from tests.composing import composed
 from tests.conftest import make_llama
 from tests.test_routed_model import facts, ids_of, route, stir

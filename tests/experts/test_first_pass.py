@@ -9,12 +9,13 @@ import pytest
 import torch
 from peft import XLoraConfig, get_peft_model
 
-from loramoe_train.build import attach, build_aux, plan_sites
+from loramoe_train.build import attach, build_aux
 from loramoe_train.data.masks import block_causal_mask
 from loramoe_train.errors import ConfigError
 from loramoe_train.experts.adapters import load_weights, plan_of, read_manifest, read_weights, save_adapter
 from loramoe_train.experts.peft_folder import read_peft_folder
 from loramoe_train.planning import make_counts
+from loramoe_train.site_plan import plan_sites
 from tests.composing import composed
 from tests.conftest import make_llama
 from tests.test_routed_model import facts, ids_of, make_mamba, make_peft, route

@@ -8,7 +8,7 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import nn
 
-from loramoe_train.build import attach, check_parts_fit, plan_sites
+from loramoe_train.build import attach, check_parts_fit
 from loramoe_train.errors import ConfigError
 from loramoe_train.experts.adapters import adapter_tensors, load_weights
 from loramoe_train.experts.compiled import compile_layers
@@ -16,6 +16,7 @@ from loramoe_train.experts.fold import fold
 from loramoe_train.experts.magnitude import MagnitudeBank
 from loramoe_train.experts.peft_folder import write_peft_folder
 from loramoe_train.models import meta_model
+from loramoe_train.site_plan import plan_sites
 from tests.composing import composed
 from tests.conftest import make_llama
 from tests.experts.test_bank import layer_of, run, some_weights

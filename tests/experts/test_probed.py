@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from loramoe_train.build import build_aux, check_fit, plan_sites
+from loramoe_train.build import build_aux, check_fit
 from loramoe_train.data.collate import collate
 from loramoe_train.data.tokens import Example
 from loramoe_train.errors import ConfigError
@@ -15,6 +15,7 @@ from loramoe_train.evaluation.harness import compare
 from loramoe_train.experts.peft_folder import read_peft_folder
 from loramoe_train.experts.probed import ProbedBlock
 from loramoe_train.schema.evaluation import EvalConfig
+from loramoe_train.site_plan import plan_sites
 from loramoe_train.training.step import model_inputs
 from tests.composing import composed
 from tests.conftest import make_llama

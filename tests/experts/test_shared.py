@@ -293,7 +293,8 @@ def test_dropout_is_one_mask_for_all_members_and_none_for_routers():
 
 
 def test_sites_that_share_are_found_by_running_the_model():
-    from loramoe_train.build import attach, plan_sites
+    from loramoe_train.build import attach
+    from loramoe_train.site_plan import plan_sites
     from tests.composing import composed
     from tests.conftest import make_llama
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 from peft import PeftModel
 
-from loramoe_train.build import attach, check_fit, plan_sites, static_routes
+from loramoe_train.build import attach, check_fit, static_routes
 from loramoe_train.errors import ConfigError
 from loramoe_train.experts.adapters import load_weights, plan_of, read_manifest, read_weights, save_adapter
 from loramoe_train.experts.fold import fold
@@ -16,6 +16,7 @@ from loramoe_train.routers.origin import HardByOrigin, OriginScore
 from loramoe_train.routers.router import Policy, Router
 from loramoe_train.routers.select import All
 from loramoe_train.routing.context import RoutingContext
+from loramoe_train.site_plan import plan_sites
 from tests.composing import composed
 from tests.conftest import make_llama
 from tests.contracts import check_router
