@@ -16,6 +16,7 @@ from torch import Tensor
 
 from loramoe_train.experts import bank as bank_module
 from loramoe_train.experts.mixed_block import MixedBlock
+from loramoe_train.planning import make_counts
 from tests.composing import RECIPE_NAMES, composed
 from tests.recipe_passes import CASES, enter_stage, make_routed, one_pass
 from tests.recipe_runs import Ready, changed, differing, get_ready, logits_of, short_run
@@ -87,6 +88,14 @@ def _is_lonely(ran: Ran, name: str) -> bool:
     return bool(routers) and site in ran.ready.routed.plan and ran.ready.routed.plan[site].num_experts == 1
 
 
+def test_the_plan_counts_what_trains(ran):
+    """`loramoe-plan`, from shapes alone, and the parameters that this run had in its stages."""
+    counts = make_counts(ran.ready.config)[0]
+    trained = {kind for stage in ran.ready.config.trainer.stages.values() for kind in stage.train}
+    groups = ran.ready.routed.groups
+    assert counts.trained == sum(p.numel() for kind in trained for p in groups[kind].values()) > 0
+
+
 def test_resumed_in_the_middle_it_is_the_same_run(ran, tmp_path):
     again = get_ready(ran.ready.config)
     torch.manual_seed(7)  # whatever happened in between
@@ -117,7 +126,13 @@ def test_a_new_process_loads_the_same_model(ran, other_process, tmp_path):
     if ran.ready.routed.plan:  # else the base itself was trained
         with ran.ready.routed.context.override("off"):
             assert not torch.equal(ours, logits_of(ran.ready.routed, ids))
-    torch.testing.assert_close(other_process(ran.run_dir, ids, tmp_path / "out.safetensors"), ours, rtol=0, atol=1e-6)
+    brought = [Path(path) for path in ran.ready.config.experts.adapters]
+    for path in brought:  # a run needs none of the adapters that it began with
+        path.rename(path.with_suffix(".moved"))
+    theirs = other_process(ran.run_dir, ids, tmp_path / "out.safetensors")
+    for path in brought:
+        path.with_suffix(".moved").rename(path)
+    torch.testing.assert_close(theirs, ours, rtol=0, atol=1e-6)
 
 
 # -- on random models of a few thousand parameters ---------------------------------------------------------------------

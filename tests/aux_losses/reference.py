@@ -35,7 +35,7 @@ def localized(p, samples, groups, *, experts, delta):
     z = []
     for tokens, group in zip(samples, groups, strict=True):
         for e in range(experts):
-            first_half = e < experts // 2
+            first_half = 2 * e < experts  # the middle one belongs to it
             matches = first_half == (group == 0)
             importance = 1 + delta if matches else 1 - delta
             z.append(importance * sum(p[n][e] for n in tokens) / len(tokens))

@@ -35,14 +35,14 @@ def same_gradients(one, other, logits):
 # -- localized balance -------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("reduction", ["sum", "mean"])
-def test_localized_balance_against_the_loop(reduction):
-    """Examples of different length (three tokens and two): no column counts for more."""
-    logits = doubles("a", "b")
+@pytest.mark.parametrize(("reduction", "experts"), [("sum", 4), ("mean", 4), ("sum", 5)])
+def test_localized_balance_against_the_loop(reduction, experts):
+    """Examples of different length (three tokens and two): no column counts for more. Five experts have no halves."""
+    logits = doubles("a", "b", experts=experts)
     loss = LocalizedBalance(delta=0.3, tasks=NAMES, reduction=reduction)
     value = whole(loss, records_of(**logits), tokens_of(MASK, tasks=TASKS, samples=SAMPLES))
     samples = [[n for n in range(8) if MASK[n] and SAMPLES[n] == b] for b in (0, 1)]
-    terms = [reference.localized(z.softmax(-1), samples, [0, 1], experts=4, delta=0.3) for z in logits.values()]
+    terms = [reference.localized(z.softmax(-1), samples, [0, 1], experts=experts, delta=0.3) for z in logits.values()]
     expected = sum(terms) / (2 if reduction == "mean" else 1)
     torch.testing.assert_close(value, expected, rtol=1e-6, atol=1e-9)
     same_gradients(value, expected, logits)
