@@ -6,7 +6,7 @@
     w      = p on the kept experts: as it is, divided by its sum, or 1
 
 With `jitter` the score sees, in training alone, each number of x times its own factor from U(1 - jitter, 1 + jitter).
-The temperature is fixed or learned.
+The temperature is fixed or learned; in evaluation it may be another (MeteoRA raises it for texts of several tasks).
 
 A token's weights depend on that token alone. LoRA-Mixer (arXiv 2507.00029): linear score, softmax; all experts while
 training, top-k renormalised at inference. MoLA, MixLoRA: top-k renormalised in both. LoRAMoE: all experts in both.
@@ -118,18 +118,25 @@ class Router(nn.Module):
         normalise: Normalise = "softmax",
         temperature: float = 1.0,
         learn_temperature: bool = False,
+        test_temperature: float | None = None,
         jitter: float = 0.0,
         device: torch.device | str | None = None,
     ) -> None:
-        """`learn_temperature`: start from `temperature`; its logarithm is what is learned, so it stays positive."""
+        """
+        Args:
+            learn_temperature: start from `temperature`; its logarithm is what is learned, so it stays positive.
+            test_temperature: in evaluation, in place of the other; None: the same.
+        """
         super().__init__()
-        if temperature <= 0:
-            raise ValueError(f"temperature must be positive, got {temperature}")
+        for name, value in (("temperature", temperature), ("test_temperature", test_temperature)):
+            if value is not None and value <= 0:
+                raise ValueError(f"{name} must be positive, got {value}")
         if not 0.0 <= jitter < 1.0:
             raise ValueError(f"jitter must lie in [0, 1), where 0 is none, got {jitter}")
         if normalise not in ("softmax", "sigmoid"):
             raise ValueError(f"normalise must be softmax or sigmoid, got '{normalise}'")
-        self.score, self.normalise, self.temperature, self.jitter = score, normalise, temperature, jitter
+        self.score, self.normalise, self.jitter = score, normalise, jitter
+        self.temperature, self.test_temperature = temperature, test_temperature
         self.policies = {True: train, False: evaluate}
         self.log_temperature: nn.Parameter | None = None
         if learn_temperature:
@@ -169,7 +176,9 @@ class Router(nn.Module):
         """Whether both make the same weights of the same logits, so that they can be asked together."""
         if type(self) is not type(other) or self.log_temperature is not None or other.log_temperature is not None:
             return False
-        if (self.normalise, self.temperature) != (other.normalise, other.temperature):
+        if any(
+            getattr(self, name) != getattr(other, name) for name in ("normalise", "temperature", "test_temperature")
+        ):
             return False
         return all(self.policies[mode].is_like(other.policies[mode]) for mode in self.policies)
 
@@ -189,6 +198,8 @@ class Router(nn.Module):
         return self.policies[self.training].few(self._cooled(logits_NE), self.normalise)
 
     def _cooled(self, logits_NE: Tensor) -> Tensor:
+        if not self.training and self.test_temperature is not None:
+            return logits_NE / self.test_temperature
         if self.log_temperature is not None:
             return logits_NE / self.log_temperature.exp()
         return logits_NE if self.temperature == 1.0 else logits_NE / self.temperature

@@ -64,6 +64,21 @@ def test_temperature_divides_the_logits():
     torch.testing.assert_close(router(x, RoutingContext()).logits_NE, router.score(x) / 2.0)
 
 
+@pytest.mark.parametrize("learned", [False, True])
+def test_evaluation_may_have_a_temperature_of_its_own(learned):
+    score, policy = LinearScore(2, 3, init="normal", std=1.0), Policy(TopK(2, 3), "renormalised")
+    settings = {"score": score, "train": policy, "evaluate": policy, "temperature": 2.0, "learn_temperature": learned}
+    router, same = Router(**settings, test_temperature=15.0), Router(**settings)
+    x, context = torch.randn(4, 2), RoutingContext()
+    torch.testing.assert_close(router(x, context).weights_NE, same(x, context).weights_NE)
+    router.eval(), same.eval()
+    best, places = score(x).topk(2)
+    expected = torch.zeros(4, 3).scatter(1, places, (best / 15.0).softmax(dim=1))
+    torch.testing.assert_close(router(x, context).weights_NE, expected)
+    torch.testing.assert_close(same(x, context).weights_NE, torch.zeros(4, 3).scatter(1, places, (best / 2).softmax(1)))
+    assert not router.is_like(same)
+
+
 def test_jitter_scales_what_the_score_sees_in_training_alone():
     policy = Policy(TopK(2, 4), "renormalised")
     router = Router(score=LinearScore(3, 4, init="normal", std=1.0), train=policy, evaluate=policy, jitter=0.5)
@@ -122,7 +137,11 @@ def test_a_learned_temperature():
         (lambda: Policy(All(), "half"), "weight must be"),
         (
             lambda: Router(score=LinearScore(2, 2), train=Policy(All()), evaluate=Policy(All()), temperature=0),
-            "positive",
+            "temperature must be positive, got 0",
+        ),
+        (
+            lambda: Router(score=LinearScore(2, 2), train=Policy(All()), evaluate=Policy(All()), test_temperature=-1),
+            "test_temperature must be positive, got -1",
         ),
         (lambda: LinearScore(2, 2, init="ones"), "init must be"),
         (lambda: Router(score=LinearScore(2, 2), train=Policy(All()), evaluate=Policy(All()), jitter=1.0), r"\[0, 1\)"),
