@@ -17,6 +17,7 @@ from torch import Tensor
 from loramoe_train.experts import bank as bank_module
 from loramoe_train.experts.mixed_block import MixedBlock
 from loramoe_train.planning import make_counts
+from loramoe_train.validation import trains_base
 from tests.composing import RECIPE_NAMES, composed
 from tests.recipe_passes import CASES, enter_stage, make_routed, one_pass
 from tests.recipe_runs import Ready, changed, differing, get_ready, logits_of, short_run
@@ -197,6 +198,7 @@ def test_two_processes_train_as_one(tmp_path):
     own = ("experts.dropout=0", "experts.rank=2", "trainer.max_steps=4", "trainer.batch_size=8")
     own += (f"model.path={make_base(tmp_path / 'base')}",)
     jobs: dict[str, list[dict[str, Any]]] = {"one": [], "two": []}
+    sharded = []
     for recipe in RECIPE_NAMES:
         folder = tmp_path / recipe
         folder.mkdir()
@@ -205,12 +207,18 @@ def test_two_processes_train_as_one(tmp_path):
         for name, rows in (("one", 8), ("two", 4)):
             plain = changed(config, "trainer", micro_batch_size=rows).plain()
             jobs[name].append({"config": plain, "run_dir": str(folder / name)})
+        if not trains_base(config):
+            plain = changed(config, "trainer", micro_batch_size=4, parallel="fsdp2").plain()
+            jobs["two"].append({"config": plain, "run_dir": str(folder / "sharded")})
+            sharded.append(recipe)
     running = start_pair(jobs["two"], tmp_path / "jobs.json")
     train(jobs["one"])
     _, errors = running.communicate(timeout=300)
     assert running.returncode == 0, errors[-4000:]
     for recipe in RECIPE_NAMES:
         check_close(tmp_path / recipe / "one", tmp_path / recipe / "two", numbers_at_least=40)
+    for recipe in sharded:
+        check_close(tmp_path / recipe / "one", tmp_path / recipe / "sharded", numbers_at_least=40)
 
 
 def make_base(folder: Path) -> Path:
