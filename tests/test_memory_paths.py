@@ -28,7 +28,7 @@ RUN = (
     "trainer.batch_size=4",
     "trainer.micro_batch_size=4",
     "trainer.checkpoint_every=10",
-    "trainer.lr=0.01",
+    "trainer.lr=0.004",
     "experts.sites=[attn_out,ffn]",
     "experts.layout=4",
     "experts.rank=16",  # large enough for 8-bit states
@@ -128,12 +128,12 @@ EIGHT_BIT, HALF = "trainer.optimizer=adamw_8bit", "model.dtype=bfloat16"
 PATHS = {
     "checkpointing": Saving((CHECKPOINTING,)),
     "nf4": Saving((NF4,), loss=1e-4, gradient=1e-4, stands_for="nf4", packed=0.1),
-    "int8": Saving(("model.quantization=int8",), loss=1e-4, gradient=1e-4, stands_for="int8", packed=0.1),
-    "adamw_8bit": Saving((EIGHT_BIT,), loss=0.01, gradient=0.1),
-    "bf16": Saving((BF16,), loss=0.02, gradient=0.2),
-    "bfloat16 base": Saving((HALF,), loss=0.05, gradient=0.2),
+    "int8": Saving(("model.quantization=int8",), loss=1e-4, gradient=1e-4, stands_for="int8", packed=0.02),
+    "adamw_8bit": Saving((EIGHT_BIT,), loss=0.01, gradient=0.05),
+    "bf16": Saving((BF16,), loss=0.02, gradient=0.15),
+    "bfloat16 base": Saving((HALF,), loss=0.02, gradient=0.15),
     "all together": Saving(
-        (HALF, NF4, CHECKPOINTING, EIGHT_BIT, BF16), loss=0.08, gradient=0.2, stands_for="nf4", packed=0.1
+        (HALF, NF4, CHECKPOINTING, EIGHT_BIT, BF16), loss=0.05, gradient=0.2, stands_for="nf4", packed=0.1
     ),
 }
 
