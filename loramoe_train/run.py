@@ -72,6 +72,8 @@ def train_run(config: RunConfig, settled: Settled) -> None:
     accelerator = make_accelerator(config.trainer, run_dir, cpu=on_cpu())
     _say(console, f"run folder {run_dir}" + (f", continuing {resume.name}" if resume else ""))
 
+    if config.trainer.parallel == "fsdp2" and state.num_processes == 1:
+        _say(console, "note: trainer.parallel=fsdp2 shares nothing out, for this is the only process")
     with released_on_failure(run_dir, fresh=fresh), memory_errors("loading the model"):
         check_batch_size(config.trainer.batch_size, config.trainer.micro_batch_size, state.num_processes)
         shared = shares(accelerator, config.trainer)  # a base that is shared out never is on a device as a whole

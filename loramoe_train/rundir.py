@@ -29,6 +29,7 @@ FREE = (
     "trainer.log_every",
     "trainer.trackers",
     "trainer.num_workers",
+    "trainer.parallel",
     "model.path",
 )
 
