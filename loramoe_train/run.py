@@ -43,7 +43,12 @@ from loramoe_train.training.memory import memory_errors
 from loramoe_train.training.parts import TrainingParts
 from loramoe_train.training.stages import StagePlan, plan_stages
 
-PLACES = ("run_dir", "resume", "init_from")  # of one run on one machine; no business of an adapter's manifest
+PLACES = (
+    "run_dir",
+    "resume",
+    "resume_changes",
+    "init_from",
+)  # of one run on one machine; no business of an adapter's manifest
 
 
 @dataclass(frozen=True)
@@ -84,6 +89,7 @@ def train_run(config: RunConfig, settled: Settled) -> None:
         run_dir=run_dir,
         seed=config.seed,
         resume=resume,
+        changed=bool(config.resume_changes),
         console=console,
     )
     for task, cut in ready.mixture.truncated.items():
