@@ -96,7 +96,7 @@ class Killer:
 
 
 def half_written(run_dir: Path) -> set[tuple[int, int]]:
-    """Folders that only a save in progress may leave; also told apart from one of the same name left by a start before."""
+    """Folders that only a save in progress leaves, told apart from those of the same name that were left before."""
     found = set()
     for path in (run_dir / "checkpoints").glob("step_*.tmp"):
         with suppress(FileNotFoundError):  # renamed meanwhile
