@@ -3,7 +3,7 @@
 import json
 import os
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -101,9 +101,7 @@ def released_on_failure(run_dir: Path, *, fresh: bool) -> Iterator[None]:
         yield
     except BaseException:
         if fresh:
-            (run_dir / RESOLVED).unlink(missing_ok=True)
-            with suppress(OSError):  # the user's own files may be there
-                run_dir.rmdir()
+            (run_dir / RESOLVED).unlink(missing_ok=True)  # the folder goes with its lock, if nothing else is in it
         raise
 
 

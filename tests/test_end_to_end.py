@@ -2,9 +2,6 @@
 
 import json
 import shutil
-import signal
-import subprocess
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -137,42 +134,6 @@ def test_eval_of_a_checkpoint_and_of_one_task(mixer_run, copy_of, tmp_path):
 
 
 # -- stop, resume, reuse -----------------------------------------------------------------------------------------------
-
-
-def stop_after(running: subprocess.Popen, run_dir: Path, steps: int, number: signal.Signals) -> tuple[int, str]:
-    """Send a signal once the log holds `steps` steps; (exit code, standard error)."""
-    log, deadline = run_dir / "metrics.jsonl", time.monotonic() + 120
-    while not (log.is_file() and log.read_text().count('"kind": "train"') >= steps):
-        if running.poll() is not None or time.monotonic() > deadline:
-            running.kill()
-            pytest.fail(f"no {steps} steps in time: {running.communicate()[1]}")
-        time.sleep(0.01)
-    running.send_signal(number)
-    _, stderr = running.communicate(timeout=120)
-    return running.returncode, stderr
-
-
-@pytest.mark.slow
-def test_a_stopped_run_goes_on_to_the_same_bits(tmp_path):
-    """SIGTERM in the first stage, Ctrl-C in the second, and the adapter is that of a run nobody touched."""
-    arguments = (*MIXER, *TWO_TASKS, NO_EVAL, "trainer.max_steps=40", "trainer.checkpoint_every=1")
-    train(tmp_path, tmp_path / "whole", *arguments)
-    stopped = tmp_path / "stopped"
-    again = (*arguments, f"run_dir={stopped}", "resume=auto")  # also on a fresh folder
-    for steps, number, code in ((5, signal.SIGTERM, 75), (24, signal.SIGINT, 130)):
-        returned, stderr = stop_after(start_cli("train", *again, cwd=tmp_path), stopped, steps, number)
-        check_refused(subprocess.CompletedProcess([], returned, "", stderr), code, "resume=auto")
-        done = len(losses(stopped))
-        assert steps <= done < 40, "the signal came after the end: nothing was tested"
-        assert not half_written(stopped) and not (stopped / ADAPTER).exists()
-    train(tmp_path, stopped, *arguments, "resume=auto")
-    assert same_bytes(tmp_path / "whole", stopped)
-    assert lines(stopped, "train") == lines(tmp_path / "whole", "train")
-
-    log = (stopped / "metrics.jsonl").read_bytes()
-    stderr = train(tmp_path, stopped, *arguments, "resume=auto")  # there is nothing left to do
-    assert (stopped / "metrics.jsonl").read_bytes() == log and "1/20" not in stderr
-    assert same_bytes(tmp_path / "whole", stopped)
 
 
 def test_resume_refuses_another_config(mixer_run, copy_of, tmp_path):
