@@ -43,6 +43,7 @@ from loramoe_train.training.accelerator import make_accelerator, start_trackers
 from loramoe_train.training.loop import fit
 from loramoe_train.training.memory import memory_errors
 from loramoe_train.training.parts import TrainingParts
+from loramoe_train.training.sharding import is_shared_out, shares
 from loramoe_train.training.stages import StagePlan, plan_stages
 
 PLACES = (
@@ -105,7 +106,8 @@ def _train_in(
 
     with released_on_failure(run_dir, fresh=fresh), memory_errors("loading the model"):
         check_batch_size(config.trainer.batch_size, config.trainer.micro_batch_size, state.num_processes)
-        ready = prepare(config, settled, device=accelerator.device)
+        shared = shares(accelerator, config.trainer)  # a base that is shared out never is on a device as a whole
+        ready = prepare(config, settled, device=torch.device("cpu") if shared else accelerator.device)
     _describe(console, ready)
     start_trackers(accelerator, config.trainer, run_dir, config.plain())
     summary = fit(
@@ -175,6 +177,7 @@ def prepare(config: RunConfig, settled: Settled, *, device: Any) -> Prepared:
         adapter_tensors=routed.tensors,
         save_adapter=lambda folder, tensors: adapter_files.save_adapter(folder, tensors, routed.plan, facts),
         load_adapter=lambda folder: load_adapter(folder, routed, identity, key="resume"),
+        layers=tuple(routed.model.get_submodule(config.model.layers)),
     )
     if config.init_from is not None:
         folder = adapter_files.find_adapter(config.init_from, "init_from")
@@ -255,7 +258,8 @@ def evaluate_routed(
         base_mode=as_base,
         serving=lambda name: routed.context.serving(**served[name]),
         reading=routed.context.open if routed.context.reads_prompts else None,
-        accelerator=accelerator,
+        # requests that are split over processes make unequal numbers of passes
+        accelerator=None if is_shared_out(routed.model) else accelerator,
         on_result=keep,
     )
 

@@ -12,6 +12,7 @@ from typing import Any
 from loramoe_train.data.sampling import shares
 from loramoe_train.errors import ConfigError
 from loramoe_train.evaluation.check import check_benchmarks
+from loramoe_train.launcher import check_launcher
 from loramoe_train.models.architecture import max_positions, num_layers, read_architecture
 from loramoe_train.models.files import model_folder
 from loramoe_train.schema.run import RunConfig
@@ -70,7 +71,10 @@ def settle(config: RunConfig, *, check_files: bool = True, trains: bool = True) 
             _check_compiler()
     if config.eval.enabled and trains:
         served_by(config, benchmark_names(config), tasks=config.data.tasks, domains=domains)
+    if trains and config.trainer.parallel == "fsdp2":
+        _check_shareable(config)
     if check_files:
+        check_launcher(config.trainer)
         model_folder(config.model)
         if config.eval.enabled:
             check_benchmarks(benchmark_names(config), config.eval, config.data.root, positions)
@@ -87,6 +91,24 @@ def _check_trained_experts(config: RunConfig) -> None:
         raise ConfigError(
             f"trainer.stages.{name} trains only routers, over experts that no stage has trained; give"
             " experts.adapters=[PEFT_FOLDER,...] or init_from=RUN, or train experts first"
+        )
+
+
+def _check_shareable(config: RunConfig) -> None:
+    """Only a frozen base of plain tensors is shared out among processes."""
+    if trains_base(config):
+        raise ConfigError(
+            "trainer.parallel=fsdp2 shares out the frozen base, and here the base trains; set trainer.parallel=ddp"
+        )
+    if config.model.quantization != "none":
+        raise ConfigError(
+            f"trainer.parallel=fsdp2: the packed weights of model.quantization={config.model.quantization} cannot be"
+            " shared out; set trainer.parallel=ddp or model.quantization=none"
+        )
+    if config.trainer.compile:
+        raise ConfigError(
+            "trainer.parallel=fsdp2 puts layers together and takes them apart around every pass, which has not been"
+            " compiled here; set trainer.compile=false or trainer.parallel=ddp"
         )
 
 

@@ -3,7 +3,7 @@
 import os
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 # a run of seconds: few rows, short steps, no evaluation unless a test asks for it
@@ -36,21 +36,22 @@ def start_cli(
     *arguments: str,
     cwd: Path,
     processes: int = 1,
+    launcher: Sequence[str] = ("torch.distributed.run", "--standalone", "--nproc_per_node"),
     setup: Callable[[], None] | None = None,
     **environment: str,
 ) -> subprocess.Popen:
-    """The same, still running; with `processes` above 1 under torch's launcher on the CPU.
+    """The same, still running; with `processes` above 1 under a launcher on the CPU, by default torch's.
 
-    `setup` runs in the new process first. The launcher wants a file, so this one is started rather than `-c`.
+    `setup` runs in the new process first. A launcher wants a file, so this one is started rather than `-c`.
     """
     env = os.environ | {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1", "OMP_NUM_THREADS": "1", "COLUMNS": "160"}
     env |= environment
-    launcher = [sys.executable]
+    start = [sys.executable]
     if processes > 1:
-        launcher += ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
+        start += ["-m", *launcher, str(processes)]
         env["ACCELERATE_USE_CPU"] = "true"
     return subprocess.Popen(
-        [*launcher, str(Path(__file__).resolve()), command, *arguments],
+        [*start, str(Path(__file__).resolve()), command, *arguments],
         cwd=cwd,
         env=env,
         stdout=subprocess.PIPE,

@@ -168,18 +168,30 @@ def test_another_layout_is_refused(mixer_run, tmp_path):
 # -- several processes -------------------------------------------------------------------------------------------------
 
 
+# as `accelerate launch --num_processes 2` with `--cpu`, which alone would start one process
+ACCELERATE = ("accelerate.commands.launch", "--multi_gpu", "--num_machines", "1", "--num_processes")
+
+
 @pytest.mark.slow
 def test_two_processes_train_as_one(tmp_path):
-    arguments = (*MIXER, "trainer.max_steps=6", "eval.limit=4", "eval.tasks=[tiny_grammar]", "experts.dropout=0")
+    """By torchrun, each with the whole base; and by accelerate's launcher, with the base shared out."""
+    arguments = (*MIXER, "trainer.max_steps=6", "eval.limit=3", "eval.tasks=[tiny_grammar,tiny_math]")
+    arguments = (*arguments, "experts.dropout=0")
     train(tmp_path, tmp_path / "one", *arguments)
-    parallel = start_cli("train", *arguments, cwd=tmp_path, processes=2)  # no run_dir: both must agree on a name
-    _, stderr = parallel.communicate(timeout=300)
-    assert parallel.returncode == 0, stderr[-4000:]
-    (two,) = (tmp_path / "outputs").iterdir()
-    # float32 sums in another order; AdamW divides by the size of the gradient
-    check_close(tmp_path / "one", two, loss=1e-4, weight=1e-4)
-    assert results(two)["scores"].keys() == results(tmp_path / "one")["scores"].keys()
-    assert results(two)["scores"]["tiny_grammar"]["n"] == 4
+    for options in ({}, {"launcher": ACCELERATE}):
+        shared = ("trainer.parallel=fsdp2",) if options else ()
+        # no run_dir: both must agree on a name
+        parallel = start_cli("train", *arguments, *shared, cwd=tmp_path, processes=2, **options)
+        _, stderr = parallel.communicate(timeout=300)
+        assert parallel.returncode == 0, stderr[-4000:]
+        (two,) = (tmp_path / "outputs").iterdir()
+        # float32 sums in another order; AdamW divides by the size of the gradient
+        check_close(tmp_path / "one", two, loss=1e-4, weight=1e-4)
+        ours, theirs = results(tmp_path / "one")["scores"], results(two)["scores"]
+        assert theirs.keys() == ours.keys() == {"tiny_grammar", "tiny_math"}
+        for name, score in theirs.items():
+            assert score["n"] == 3 and score["base_metrics"] == ours[name]["base_metrics"]
+        two.rename(tmp_path / f"by {options}")
 
 
 def test_a_multirun_makes_two_folders(tmp_path):

@@ -17,6 +17,8 @@ from torch import Tensor
 from loramoe_train.experts import bank as bank_module
 from loramoe_train.experts.mixed_block import MixedBlock
 from loramoe_train.planning import make_counts
+from loramoe_train.schema.run import RunConfig
+from loramoe_train.validation import trains_base
 from tests.composing import RECIPE_NAMES, composed
 from tests.recipe_passes import CASES, enter_stage, make_routed, one_pass
 from tests.recipe_runs import Ready, changed, differing, get_ready, logits_of, short_run
@@ -47,7 +49,7 @@ class Ran:
     base: dict[str, Tensor]  # everything else in the model, at the start
 
     def log(self) -> list[dict[str, Any]]:
-        return [json.loads(line) for line in (self.run_dir / "metrics.jsonl").read_text().splitlines()]
+        return lines_of(self.run_dir)
 
 
 @pytest.fixture(scope="module", params=RECIPE_NAMES)
@@ -191,26 +193,57 @@ def _leaves_experts_out(layer: Any) -> bool:
     return alike and most is not None and most < layer.bank.num_experts
 
 
+# batches that two ranks cannot halve, from as many examples as no number of batches takes; and more experts than tokens
+# of a rank ask for, each computed for its own tokens alone
+ODD = {
+    "uneven": ("lora_mixer", 9, 9, 5, ()),
+    "accumulated": ("mola", 7, 2, 2, ("experts.form=grouped", "experts.layout=32", "router.top_k=1")),
+    "packed": ("dynmole", 7, 2, 2, ("data.packing=true", "data.max_length=128")),
+}
+
+
 @pytest.mark.slow
-def test_two_processes_train_as_one(tmp_path):
-    """All recipes in one pair of processes, on a random model in float64; the same in this process."""
-    own = ("experts.dropout=0", "experts.rank=2", "trainer.max_steps=4", "trainer.batch_size=8")
-    own += (f"model.path={make_base(tmp_path / 'base')}",)
-    jobs: dict[str, list[dict[str, Any]]] = {"one": [], "two": []}
+def test_two_processes_train_as_one(tmp_path, request):
+    """All recipes in one pair of processes, on a random model in float64; the same in this process. Of every kind, one
+    also with the base shared out; all of them with --nightly."""
+    own = ("experts.dropout=0", "experts.rank=2", "trainer.max_steps=4", f"model.path={make_base(tmp_path / 'base')}")
+    jobs: dict[str, list[dict[str, Any]]] = {"one": [], "ddp": [], "fsdp2": []}
+
+    def add(kind: str, name: str, config: RunConfig, rows: int) -> None:
+        trainer = {"micro_batch_size": rows} | ({} if kind == "one" else {"parallel": kind})
+        plain = changed(config, "trainer", **trainer).plain()
+        jobs[kind].append({"config": plain, "run_dir": f"{tmp_path}/{name}/{kind}"})
+
+    kinds = set()
     for recipe in RECIPE_NAMES:
-        folder = tmp_path / recipe
-        folder.mkdir()
+        (tmp_path / recipe).mkdir()
+        config = short_run(recipe, tmp_path / recipe, *own, "trainer.batch_size=8")
         # a step is one micro-batch: of which examples it would be made up else depends on the number of processes
-        config = short_run(recipe, folder, *own)
-        for name, rows in (("one", 8), ("two", 4)):
-            plain = changed(config, "trainer", micro_batch_size=rows).plain()
-            jobs[name].append({"config": plain, "run_dir": str(folder / name)})
-    running = start_pair(jobs["two"], tmp_path / "jobs.json")
+        add("one", recipe, config, 8)
+        add("ddp", recipe, config, 4)
+        kind = (config.router.scope, config.router.per_site, config.experts.mixing, config.experts.make["_target_"])
+        if not trains_base(config) and (kind not in kinds or request.config.getoption("--nightly")):
+            kinds.add(kind)
+            add("fsdp2", recipe, config, 4)
+    for name, (recipe, batch, alone, together, more) in ODD.items():
+        config = short_run(recipe, tmp_path, *own, f"trainer.batch_size={batch}", *more)
+        add("one", name, config, alone)
+        add("ddp", name, config, together)
+    running = start_pair(jobs["ddp"] + jobs["fsdp2"], tmp_path / "jobs.json")
     train(jobs["one"])
     _, errors = running.communicate(timeout=300)
     assert running.returncode == 0, errors[-4000:]
-    for recipe in RECIPE_NAMES:
-        check_close(tmp_path / recipe / "one", tmp_path / recipe / "two", numbers_at_least=40)
+    assert len(jobs["ddp"]) == len(jobs["one"]) > len(jobs["fsdp2"]) >= 5
+    for job in jobs["ddp"] + jobs["fsdp2"]:
+        run_dir = Path(job["run_dir"])
+        check_close(run_dir.parent / "one", run_dir, numbers_at_least=40)
+    (*_, routing) = (line for line in lines_of(tmp_path / "accumulated" / "ddp") if line["kind"] == "routing")
+    idle = [0 in site["load"] for site in routing["sites"].values()]
+    assert sum(idle) > len(idle) / 2  # somewhere, an expert without a token: the runs above were about that, too
+
+
+def lines_of(run_dir: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
 
 
 def make_base(folder: Path) -> Path:

@@ -57,6 +57,7 @@ class TrainerConfig(Strict):
     schedule: Literal["cosine", "linear", "constant"] = "cosine"  # per stage
     warmup_fraction: float = Field(default=0.03, ge=0, lt=1)  # of a stage's steps
     mixed_precision: Literal["no", "bf16"] = "no"  # autocast around the forward pass
+    parallel: Literal["ddp", "fsdp2"] = "ddp"  # several processes: a whole model each, or the frozen base shared out
     deterministic: bool = False
     compile: bool = False  # torch.compile of the decoder layers in training passes; evaluation runs as it is
     num_workers: int = Field(default=0, ge=0)  # processes that tokenise ahead

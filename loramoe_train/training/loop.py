@@ -6,10 +6,12 @@ A run that is stopped anywhere and resumed therefore goes on as if nothing had h
 """
 
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from accelerate import Accelerator
+from torch import nn
 
 from loramoe_train.errors import ConfigError, Interrupted
 from loramoe_train.schema.trainer import TrainerConfig
@@ -49,7 +51,8 @@ def fit(
         console: where to show progress; None is silent. Only the main process uses it.
 
     Raises:
-        ConfigError: a stage that cannot train what it says, or a checkpoint of another configuration.
+        ConfigError: a stage that cannot train what it says, a checkpoint of another configuration, a launcher that
+            wants to do the step's work, or a model that recomputes activations the reentrant way.
         DivergedError, OutOfMemoryError, DataError: see `step.py`.
         SavedOnSignal, Interrupted: asked to stop; a checkpoint was saved.
         LoramoeError: a checkpoint or the log could not be written.
@@ -89,9 +92,21 @@ def _refuse(parts: TrainingParts, accelerator: Accelerator, trainer: TrainerConf
         )
     if trainer.early_stopping is not None and not any(parts.validation.values()):
         raise ConfigError("trainer.early_stopping needs an evaluation loss; set data.validation_examples above 0")
+    if any(_recomputes_reentrantly(module) for module in parts.model.modules()):
+        raise ConfigError(
+            "the model recomputes activations the reentrant way (use_reentrant=True), which drops the gradient of"
+            " auxiliary losses; leave its checkpointing off and set model.gradient_checkpointing=true"
+        )
     grouped = {id(parameter) for members in parts.groups.values() for parameter in members.values()}
     stray = [name for name, p in parts.model.named_parameters() if p.requires_grad and id(p) not in grouped]
     assert not stray, f"parameters outside the groups require gradient: {stray[:5]}"
+
+
+def _recomputes_reentrantly(module: nn.Module) -> bool:
+    """As transformers' switch leaves a module; what a model of foreign code does in its own forward is out of sight."""
+    chosen = getattr(module, "_gradient_checkpointing_func", None)
+    on = getattr(module, "gradient_checkpointing", False)
+    return bool(on) and isinstance(chosen, partial) and chosen.keywords.get("use_reentrant") is True
 
 
 def _train(run: RunState, checkpoint: Checkpoint | None, signals: StopSignals) -> None:

@@ -73,3 +73,4 @@ class TrainingParts:
     adapter_tensors: Callable[[], Mapping[str, Tensor]]  # what an adapter stores: the model's own storage, not copies
     save_adapter: Callable[[Path, Mapping[str, Tensor]], None]  # writes them and a manifest into a folder; any thread
     load_adapter: Callable[[Path], None]  # reads them back into the model
+    layers: tuple[nn.Module, ...] = ()  # the decoder layers, which `trainer.parallel=fsdp2` shares out

@@ -31,6 +31,7 @@ from loramoe_train.training.parts import AuxTerm
 from loramoe_train.training.routing_stats import RoutingStats
 from loramoe_train.training.routing_watch import alarms
 from loramoe_train.training.run_state import RunState, StageState
+from loramoe_train.training.sharding import shard_base, shares
 from loramoe_train.training.signals import StopSignals
 from loramoe_train.training.stages import StagePlan
 from loramoe_train.training.step import TrainingStep
@@ -54,6 +55,8 @@ class StageRun:
         if run.accelerator.num_processes > 1:
             # what requires gradient has changed, and a data-parallel wrapper looks only once: make a new one
             run.accelerator.free_memory()
+        if shares(run.accelerator, run.trainer):
+            shard_base(parts, run.accelerator)
         self.wrapped = run.accelerator.prepare(parts.model)
         parts.model.train()
         with parts.context.override("off"):

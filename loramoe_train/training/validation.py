@@ -14,6 +14,7 @@ from loramoe_train.training.loss import LossHead, targets
 from loramoe_train.training.memory import memory_errors
 from loramoe_train.training.metrics import losses
 from loramoe_train.training.parts import TrainingParts
+from loramoe_train.training.sharding import is_shared_out
 from loramoe_train.training.step import autocast, mask_dtype, model_inputs
 
 
@@ -48,13 +49,18 @@ def evaluate(
     """
     sums: dict[str, tuple[float, float]] = {}
     training = parts.model.training
+    # a base that is shared out takes all ranks for every pass, so each of them runs the others' batches as well
+    together = is_shared_out(parts.model)
     parts.model.eval()
     try:
         for task, batches in parts.validation.items():
             if stop_requested():
                 return None
             total = torch.zeros(2, dtype=torch.float64, device=accelerator.device)
-            for batch in batches[accelerator.process_index :: accelerator.num_processes]:
+            for index, batch in enumerate(batches):
+                own = index % accelerator.num_processes == accelerator.process_index
+                if not own and not together:
+                    continue
                 wanted, batch = targets(batch).to(accelerator.device), batch.to(accelerator.device)
                 with (
                     torch.no_grad(),
@@ -64,8 +70,9 @@ def evaluate(
                 ):
                     inputs = model_inputs(batch, mask_dtype(parts.model, trainer))
                     losses_R = head.losses(parts.model, inputs, wanted)
-                total[0] += losses_R.double().sum()
-                total[1] += len(losses_R)
+                if own:
+                    total[0] += losses_R.double().sum()
+                    total[1] += len(losses_R)
             if accelerator.num_processes > 1:
                 total = accelerator.reduce(total, reduction="sum")
             sums[task] = tuple(total.tolist())

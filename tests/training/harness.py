@@ -20,6 +20,7 @@ from loramoe_train.experts.bank import ExpertBank
 from loramoe_train.experts.inject import inject, trainable_groups
 from loramoe_train.experts.plan import ExpertSpec
 from loramoe_train.experts.sites import Site
+from loramoe_train.models.loading import checkpoint_activations
 from loramoe_train.routers.router import Policy, Router
 from loramoe_train.routers.scores import LinearScore
 from loramoe_train.routing.context import RoutingContext
@@ -66,15 +67,21 @@ def make_batch(samples: Sequence[int], *, length: int = LENGTH) -> MixedBatch:
 
 
 class MadeUpData:
-    """`StageData`: step s holds samples [s * batch, (s + 1) * batch)."""
+    """`StageData`: step s holds samples [s * batch, (s + 1) * batch).
 
-    def __init__(self, batch: int, micro: int, *, offset: int = 0) -> None:
-        self.batch, self.micro, self.offset = batch, micro, offset
+    With `tasks`, the next samples of the first so many tasks alone, sorted by task within a step.
+    """
+
+    def __init__(self, batch: int, micro: int, *, offset: int = 0, tasks: int | None = None) -> None:
+        self.batch, self.micro, self.offset, self.tasks = batch, micro, offset, tasks
 
     def steps(self, *, start: int, stop: int, rank: int, world_size: int) -> Iterator[list[MixedBatch]]:
         for step in range(start, stop):
             first = self.offset + step * self.batch
             rows = list(range(first, first + self.batch))
+            if self.tasks is not None:
+                taken = [row // self.tasks * len(TASKS) + row % self.tasks for row in rows]
+                rows = sorted(taken, key=lambda sample: sample % len(TASKS))
             pieces = [rows[i : i + self.micro * world_size] for i in range(0, self.batch, self.micro * world_size)]
             yield [make_batch(piece[rank * self.micro : (rank + 1) * self.micro]) for piece in pieces]
 
@@ -109,6 +116,8 @@ def make_parts(
     validation: bool = True,
     router: Any = make_router,
     ranks: tuple[int, ...] = (2,) * EXPERTS,
+    tasks: int | None = None,
+    checkpointing: bool = False,
     **model_changes: Any,
 ) -> TrainingParts:
     """The parts of a run whose numbers depend on nothing but the arguments."""
@@ -122,6 +131,8 @@ def make_parts(
     bank = partial(make_bank, dropout=dropout, fresh=fresh)
     layers = inject(model, plan, make_bank=bank, make_router=router, context=context)
     model.to(dtype)
+    if checkpointing:
+        checkpoint_activations(model)
     groups = trainable_groups(layers)
     named = groups["experts"] | groups["routers"]
 
@@ -140,12 +151,13 @@ def make_parts(
         groups=groups,
         sites=SITES,
         aux=both_scopes() if aux is None else aux,
-        stage_data=lambda name: MadeUpData(batch, micro, offset=0 if name == "first" else 500),
+        stage_data=lambda name: MadeUpData(batch, micro, offset=0 if name == "first" else 500, tasks=tasks),
         validation={task: [make_batch([900 + i, 903 + i])] for i, task in enumerate(TASKS)} if validation else {},
         task_names=TASKS,
         adapter_tensors=lambda: {name: p.detach() for name, p in named.items()},
         save_adapter=save_adapter,
         load_adapter=load_adapter,
+        layers=tuple(model.model.layers),
     )
 
 
@@ -192,13 +204,27 @@ class PlainRouter(nn.Module):
         return Routing(logits_NE.softmax(dim=-1), logits_NE)
 
 
+class PickyRouter(PlainRouter):
+    """Keeps the likelier of all experts but the last, with its probability; nothing ever goes to the last."""
+
+    def forward(self, x_ND: Tensor, context: RoutingContext) -> Routing:
+        routing = super().forward(x_ND, context)
+        best_N = routing.weights_NE[:, :-1].argmax(dim=-1)
+        kept_NE = nn.functional.one_hot(best_N, routing.weights_NE.shape[-1])
+        return Routing(routing.weights_NE * kept_NE, routing.logits_NE)
+
+
+def make_picky_router(spec: ExpertSpec, device: torch.device) -> nn.Module:
+    return PickyRouter(spec.site.in_features, spec.num_experts)
+
+
 def make_plain_router(spec: ExpertSpec, device: torch.device) -> nn.Module:
     return PlainRouter(spec.site.in_features, spec.num_experts)
 
 
 def double_parts(**options: Any) -> TrainingParts:
     """Parts in float64 throughout, for comparisons that leave no room."""
-    return make_parts(dtype=torch.float64, router=make_plain_router, **options)
+    return make_parts(dtype=torch.float64, **{"router": make_plain_router, **options})
 
 
 def make_step(parts: TrainingParts, trainer: TrainerConfig, stage: str, run_dir: Path, **options: Any) -> TrainingStep:

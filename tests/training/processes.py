@@ -12,7 +12,7 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[2]
 
 
-def start_worker(options: dict[str, Any], *, processes: int = 1) -> subprocess.Popen:
+def start_worker(options: dict[str, Any] | list[dict[str, Any]], *, processes: int = 1) -> subprocess.Popen:
     """Start a run of `processes` ranks on the CPU; output is text, line by line."""
     with tempfile.NamedTemporaryFile("w", suffix=".json", delete=False) as file:
         json.dump(options, file)
@@ -44,7 +44,7 @@ def read_until(worker: subprocess.Popen, line: str, *, timeout: float = 120) -> 
     raise AssertionError(f"no line {line!r} within {timeout} s, but {said!r} and {worker.communicate()[1][-4000:]}")
 
 
-def run_worker(options: dict[str, Any], *, processes: int = 1) -> str:
+def run_worker(options: dict[str, Any] | list[dict[str, Any]], *, processes: int = 1) -> str:
     """Run to the end and return the standard output; fails with the worker's own words."""
     worker = start_worker(options, processes=processes)
     output, errors = worker.communicate(timeout=300)

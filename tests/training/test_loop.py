@@ -281,3 +281,12 @@ def test_settings_of_the_launcher_are_refused(tmp_path: Path) -> None:
     accelerator = Accelerator(cpu=True, gradient_accumulation_steps=2)
     with pytest.raises(ConfigError, match="set trainer.mixed_precision, trainer.batch_size"):
         fit(make_parts(), accelerator, make_trainer(), (), run_dir=tmp_path, seed=0)
+
+
+def test_reentrant_checkpointing_is_refused(tmp_path: Path) -> None:
+    parts = make_parts()
+    parts.model.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": True})
+    with pytest.raises(ConfigError, match=r"reentrant way.*set model\.gradient_checkpointing=true"):
+        train(parts, make_trainer(), tmp_path)
+    parts.model.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})
+    train(parts, make_trainer(), tmp_path)

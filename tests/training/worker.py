@@ -1,4 +1,5 @@
-"""A tiny run in a process of its own, or in several: `python -m tests.training.worker OPTIONS.json`.
+"""A tiny run in a process of its own, or in several: `python -m tests.training.worker OPTIONS.json`. A list of options
+is as many runs, one after the other.
 
 Prints `step N` when the data of a step is asked for and `done` at the end; exits as the command line would. Writes the
 final weights to `run_dir/weights.safetensors`.
@@ -22,7 +23,7 @@ from loramoe_train.errors import LoramoeError
 from loramoe_train.training.checkpoint import find_latest
 from loramoe_train.training.parts import StageData, TrainingParts
 from loramoe_train.training.signals import StopSignals
-from tests.training.harness import double_parts, make_parts, make_trainer, train, weights
+from tests.training.harness import double_parts, make_parts, make_picky_router, make_trainer, train, weights
 
 
 def say(line: str) -> None:
@@ -74,10 +75,18 @@ def held(parts: TrainingParts, step: int) -> TrainingParts:
     return replace(parts, save_adapter=save_adapter)
 
 
+def held_here(parts: TrainingParts) -> float:
+    """Share of the decoder layers' frozen scalars that lies in this process."""
+    own = {id(p) for members in parts.groups.values() for p in members.values()}
+    frozen = [p for layer in parts.layers for p in layer.parameters() if id(p) not in own]
+    return sum(getattr(p, "_local_tensor", p).numel() for p in frozen) / sum(p.numel() for p in frozen)
+
+
 def main(options: dict[str, Any]) -> None:
     run_dir = Path(options["run_dir"])
     make = double_parts if options.get("double") else make_parts
-    parts = make(**options.get("parts", {}))
+    router = {"router": make_picky_router} if options.get("picky") else {}
+    parts = make(**options.get("parts", {}), **router)
     parts = announced(parts, options.get("pause", 0.0))
     if "hold" in options:
         parts = held(parts, options["hold"])
@@ -87,12 +96,15 @@ def main(options: dict[str, Any]) -> None:
     resume = find_latest(run_dir) if options.get("resume") == "auto" else options.get("resume")
     train(parts, make_trainer(**options.get("trainer", {})), run_dir, resume=Path(resume) if resume else None)
     save_file(weights(parts), run_dir / "weights.safetensors")
+    say(f"holds {held_here(parts):.3f} of the layers' frozen weights")
     say("done")
 
 
 if __name__ == "__main__":
     try:
-        main(json.loads(Path(sys.argv[1]).read_text()))
+        given = json.loads(Path(sys.argv[1]).read_text())
+        for entry in given if isinstance(given, list) else [given]:
+            main(entry)
     except LoramoeError as error:
         print(error, file=sys.stderr)
         sys.exit(error.exit_code)
