@@ -9,7 +9,7 @@ Further KEY=VALUE arguments go to every run. Base scores come from the first run
 Memory is the largest resident set, Python and its libraries included, related to `lora` with the same seed. Speed is
 measured afterwards, for runs that are each other's neighbours (--jobs) tell nothing about it: `--rounds` short runs of
 every recipe, one at a time, all recipes once before any of them a second time (`RUNS/speed/RECIPE/ROUND`). Tokens per
-second without the first lines of each stage's log, related to `lora` in the same round; the median over the rounds.
+second without the first step of each stage, related to `lora` in the same round; the median over the rounds.
 """
 
 import argparse
@@ -27,7 +27,7 @@ import yaml
 
 ROOT = Path(__file__).resolve().parents[1]
 BEGIN, END = "<!-- recipes: begin -->", "<!-- recipes: end -->"
-SHORT = ("trainer.max_steps=24", "trainer.log_every=2", "data.validation_examples=0", "eval.enabled=false")
+SHORT = ("trainer.max_steps=12", "trainer.log_every=1", "data.validation_examples=0", "eval.enabled=false")
 REFERENCE = "lora"  # what speed and memory are related to, and what adapters are made with
 
 
@@ -150,7 +150,7 @@ def main() -> None:
     parser.add_argument("runs", type=Path)
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--jobs", type=int, default=1, help="runs at a time")
-    parser.add_argument("--rounds", type=int, default=3, help="short runs of each recipe for its speed")
+    parser.add_argument("--rounds", type=int, default=2, help="short runs of each recipe for its speed")
     parser.add_argument("--recipes", help="comma list; default: all")
     parser.add_argument("--write", type=Path, help="a document with the marks for the table")
     parser.add_argument("overrides", nargs="*", help="KEY=VALUE for every run")
