@@ -6,12 +6,10 @@ and its exit code (errors.py); a traceback means a defect.
 
 import os
 import re
-import signal
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from types import FrameType
-from typing import Any, NoReturn
+from typing import Any
 
 from loramoe_train.errors import (
     ConfigError,
@@ -24,6 +22,7 @@ from loramoe_train.errors import (
 )
 from loramoe_train.paths import CONFIGS, RECIPES
 from loramoe_train.schema.run import RunConfig
+from loramoe_train.training.signals import Terminated, end_on_signals, ignore_signals
 
 Command = Callable[[RunConfig, dict[str, Any]], None]
 
@@ -101,34 +100,26 @@ def export() -> None:
     _guard(job)
 
 
-class _Terminated(BaseException):
-    """SIGTERM outside the training loop. No Exception, for the same reason as KeyboardInterrupt."""
-
-
-def _terminate(number: int, frame: FrameType | None) -> NoReturn:
-    raise _Terminated
-
-
 def _guard(job: Callable[[], None]) -> None:
     """Run `job`; one line and the right exit code for everything that a user can cause."""
     # Threads of torch that wait by spinning starve each other where cores are shared: two runs on two cores took 15
     # times as long. Read once, when torch is imported.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-    if signal.getsignal(signal.SIGTERM) is signal.SIG_DFL:  # the training loop has a handler of its own meanwhile
-        signal.signal(signal.SIGTERM, _terminate)
+    end_on_signals()  # the training loop has handlers of its own meanwhile; submitit's for SIGUSR2 stays
     try:
         job()
     except LoramoeError as error:
         _fail(str(error), error.exit_code)
     except KeyboardInterrupt:
         _fail("interrupted", Interrupted.exit_code)
-    except _Terminated:
-        _fail("stopped by SIGTERM; the same command with resume=auto goes on", SavedOnSignal.exit_code)
+    except Terminated as stop:
+        _fail(f"stopped by {stop}; the same command with resume=auto goes on", SavedOnSignal.exit_code)
     except MemoryError:
         _fail("out of memory; lower trainer.micro_batch_size or data.max_length", OutOfMemoryError.exit_code)
 
 
 def _fail(message: str, code: int) -> None:
+    ignore_signals()
     print(f"loramoe: {' '.join(message.split())}", file=sys.stderr)
     sys.exit(code)
 

@@ -20,9 +20,21 @@ from difflib import get_close_matches
 
 
 class LoramoeError(Exception):
-    """Base class: something the user can put right. The message is one line."""
+    """Base class: something the user can put right. The message is one line, and safe to print."""
 
     exit_code = 2
+
+    def __init__(self, message: str = "") -> None:
+        super().__init__(printable(message))
+
+
+def printable(text: str) -> str:
+    """One line. What a file brought along must neither break it nor reach a terminal as a command: line breaks become
+    spaces, other control characters, and those that turn the direction of writing, are spelled out."""
+    if text.isprintable():
+        return text
+    line = " ".join(text.split("\n"))
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in line)
 
 
 class ConfigError(LoramoeError):

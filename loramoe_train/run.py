@@ -2,8 +2,8 @@
 
 import sys
 import time
-from collections.abc import Mapping, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,6 +18,7 @@ from loramoe_train.data.build import build_mixture, build_validation
 from loramoe_train.data.mixture import Mixture
 from loramoe_train.data.sampling import drawable
 from loramoe_train.data.stage import MixtureStage, check_batch_size
+from loramoe_train.errors import ConfigError
 from loramoe_train.evaluation.harness import compare
 from loramoe_train.evaluation.results import render_table, versions, write_results, write_samples
 from loramoe_train.experts import adapters as adapter_files
@@ -31,6 +32,7 @@ from loramoe_train.models import (
     meta_model,
     original_weights,
 )
+from loramoe_train.run_lock import alone_in
 from loramoe_train.rundir import RESULTS, claim, default_run_dir, newest_checkpoint, released_on_failure
 from loramoe_train.schema.run import RunConfig
 from loramoe_train.screen import quiet_libraries, screen
@@ -44,7 +46,12 @@ from loramoe_train.training.parts import TrainingParts
 from loramoe_train.training.sharding import is_shared_out, shares
 from loramoe_train.training.stages import StagePlan, plan_stages
 
-PLACES = ("run_dir", "resume", "init_from")  # of one run on one machine; no business of an adapter's manifest
+PLACES = (
+    "run_dir",
+    "resume",
+    "resume_changes",
+    "init_from",
+)  # of one run on one machine; no business of an adapter's manifest
 
 
 @dataclass(frozen=True)
@@ -65,9 +72,34 @@ def train_run(config: RunConfig, settled: Settled) -> None:
     quiet_libraries()
     state = PartialState(cpu=on_cpu())
     run_dir = Path(_agreed(config.run_dir or default_run_dir()))
+    with _alone(run_dir, state) as note:
+        _train_in(run_dir, config, settled, state, note, started)
+
+
+@contextmanager
+def _alone(run_dir: Path, state: PartialState) -> Iterator[str | None]:
+    """`alone_in` for the main process; its refusal comes out on every rank, or the others would wait for ever."""
+    note = refusal = None
+    with ExitStack() as stack:
+        if state.is_main_process:
+            try:
+                note = stack.enter_context(alone_in(run_dir))
+            except ConfigError as error:
+                refusal = str(error)
+        refusal = _agreed(refusal)
+        if refusal is not None:
+            raise ConfigError(refusal)
+        yield note
+
+
+def _train_in(
+    run_dir: Path, config: RunConfig, settled: Settled, state: PartialState, note: str | None, started: float
+) -> None:
     fresh = claim(run_dir, config) if state.is_main_process else False
     state.wait_for_everyone()
     console = screen(stderr=True) if state.is_main_process else None
+    if note is not None:
+        _say(console, f"note: {note}")
     resume = _agreed(newest_checkpoint(run_dir, config, lambda line: _say(console, line)))
     accelerator = make_accelerator(config.trainer, run_dir, cpu=on_cpu())
     _say(console, f"run folder {run_dir}" + (f", continuing {resume.name}" if resume else ""))
@@ -88,6 +120,7 @@ def train_run(config: RunConfig, settled: Settled) -> None:
         run_dir=run_dir,
         seed=config.seed,
         resume=resume,
+        changed=bool(config.resume_changes),
         console=console,
     )
     for task, cut in ready.mixture.truncated.items():

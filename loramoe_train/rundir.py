@@ -3,23 +3,25 @@
 import json
 import os
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from datetime import datetime
 from pathlib import Path
 from typing import Any
 
 import yaml
 
-from loramoe_train.errors import ConfigError, DataError, MissingFileError
+from loramoe_train.errors import ConfigError, DataError, MissingFileError, nearest
 from loramoe_train.files import write_bytes
 from loramoe_train.schema.run import RunConfig
 
 RESOLVED, RESULTS = "config.resolved.yaml", "results.json"
 OUTPUTS = ("adapter.safetensors", "adapter.json", "metrics.jsonl", "checkpoints", RESULTS)  # besides RESOLVED
+KEYS_IN_MESSAGE = 4
 # What may change when a run continues: where it is, how it reports, and what happens after training.
 FREE = (
     "run_dir",
     "resume",
+    "resume_changes",
     "offline",
     "eval",
     "launcher",
@@ -30,6 +32,7 @@ FREE = (
     "trainer.trackers",
     "trainer.num_workers",
     "trainer.parallel",
+    "trainer.watch",
     "model.path",
 )
 
@@ -51,6 +54,8 @@ def check_places(config: RunConfig) -> None:
         if path is not None and not Path(path).exists():
             what = "checkpoint (give a folder, or resume=auto)" if key == "resume" else "folder"
             raise MissingFileError(f"{key}={path} does not exist: there is no such {what}")
+    if config.resume not in (None, "auto"):
+        _check_same_as_checkpoint(Path(config.resume), config)
 
 
 def check_claim(run_dir: Path, config: RunConfig) -> None:
@@ -97,26 +102,43 @@ def released_on_failure(run_dir: Path, *, fresh: bool) -> Iterator[None]:
         yield
     except BaseException:
         if fresh:
-            (run_dir / RESOLVED).unlink(missing_ok=True)
-            with suppress(OSError):  # the user's own files may be there
-                run_dir.rmdir()
+            (run_dir / RESOLVED).unlink(missing_ok=True)  # the folder goes with its lock, if nothing else is in it
         raise
 
 
+def _check_same_as_checkpoint(path: Path, config: RunConfig) -> None:
+    """A checkpoint that is named stores the config of its run; what is damaged is told later, when it is read whole."""
+    try:
+        stored = json.loads((path / "adapter.json").read_text(encoding="utf-8"))["config"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return
+    if isinstance(stored, dict):
+        _refuse_changes({**stored, "init_from": config.init_from}, config, path)  # which adapters do not store
+
+
 def _check_same(stored: Path, config: RunConfig) -> None:
-    before, now = flatten(read_resolved(stored)), flatten(config.plain())
-    changed = [key for key in sorted(before.keys() | now.keys()) if before.get(key) != now.get(key) and not _free(key)]
+    _refuse_changes(read_resolved(stored), config, stored.parent)
+
+
+def _refuse_changes(stored: dict[str, Any], config: RunConfig, where: Path) -> None:
+    before, now = flatten(stored), flatten(config.plain())
+    for name in config.resume_changes:
+        if not any(_within(key, name) for key in before.keys() | now.keys()):
+            raise ConfigError(f"resume_changes names '{name}', which is no key{nearest(name, now)}")
+    differing = [key for key in sorted(before.keys() | now.keys()) if before.get(key) != now.get(key)]
+    changed = [key for key in differing if not any(_within(key, name) for name in (*FREE, *config.resume_changes))]
     if changed:
-        key = changed[0]
-        more = f" (and {len(changed) - 1} more: {', '.join(changed[1:4])})" if len(changed) > 1 else ""
+        shown = [f"{key}={now.get(key)} (it was {before.get(key)})" for key in changed[:KEYS_IN_MESSAGE]]
+        more = f" and {len(changed) - KEYS_IN_MESSAGE} more" if len(changed) > KEYS_IN_MESSAGE else ""
         raise ConfigError(
-            f"resume={config.resume}: {key}={now.get(key)}, but the run in {stored.parent} was started with"
-            f" {before.get(key)}{more}; use the old value, or another run_dir with init_from={stored.parent}"
+            f"resume={config.resume} continues the run in {where}, which was started otherwise: {', '.join(shown)}"
+            f"{more}; use the old values, or start anew in another run_dir with init_from={where}; to go on all the"
+            f" same, with another result, name the keys: resume_changes=[{','.join(changed)}]"
         )
 
 
-def _free(key: str) -> bool:
-    return any(key == name or key.startswith(f"{name}.") for name in FREE)
+def _within(key: str, name: str) -> bool:
+    return key == name or key.startswith(f"{name}.")
 
 
 def flatten(values: Any, prefix: str = "") -> dict[str, Any]:

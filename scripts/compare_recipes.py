@@ -6,9 +6,10 @@ Trains what is not there yet, one run a folder, `RUNS/RECIPE/SEED`; a command th
 Recipes over downloaded adapters get one LoRA per task, trained first with the recipe `lora` (`RUNS/adapters/TASK`).
 Further KEY=VALUE arguments go to every run. Base scores come from the first run of `lora`.
 
-Tokens per second are those of a whole run's steps; memory is the largest resident set, Python and its libraries
-included. Both are related to `lora` with the same seed. With --jobs, runs are neighbours of each other: ratios then
-suffer from whoever is beside them, which three seeds even out only in part.
+Memory is the largest resident set, Python and its libraries included, related to `lora` with the same seed. Speed is
+measured afterwards, for runs that are each other's neighbours (--jobs) tell nothing about it: `--rounds` short runs of
+every recipe, one at a time, all recipes once before any of them a second time (`RUNS/speed/RECIPE/ROUND`). Tokens per
+second without the first step of each stage, related to `lora` in the same round; the median over the rounds.
 """
 
 import argparse
@@ -26,6 +27,7 @@ import yaml
 
 ROOT = Path(__file__).resolve().parents[1]
 BEGIN, END = "<!-- recipes: begin -->", "<!-- recipes: end -->"
+SHORT = ("trainer.max_steps=12", "trainer.log_every=1", "data.validation_examples=0", "eval.enabled=false")
 REFERENCE = "lora"  # what speed and memory are related to, and what adapters are made with
 
 
@@ -56,6 +58,16 @@ def make_adapter(task: str, folder: Path, *arguments: str) -> Path:
     return made
 
 
+def speed(run: Path) -> float:
+    """Tokens per second of a short run, without the start of each stage."""
+    lines: dict[str, list[dict[str, float]]] = {}
+    for entry in log(run):
+        if entry["kind"] == "train":
+            lines.setdefault(entry["stage"], []).append(entry["timing"])
+    taken = [timing for timings in lines.values() for timing in timings[1:]]
+    return sum(t["tokens_per_second"] * t["seconds"] for t in taken) / sum(t["seconds"] for t in taken)
+
+
 def wants_adapters(recipe: Path) -> bool:
     """Whether a recipe trains routers alone in all of its stages: then its experts come from elsewhere."""
     stages = (yaml.safe_load(recipe.read_text(encoding="utf-8")).get("trainer") or {}).get("stages") or {}
@@ -65,16 +77,17 @@ def wants_adapters(recipe: Path) -> bool:
 # -- reading runs ------------------------------------------------------------------------------------------------------
 
 
+def log(run: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+
+
 def read(run: Path) -> dict[str, Any]:
-    """Scores by benchmark (per cent), parameters, tokens per second and MiB of one finished run."""
+    """Scores by benchmark (per cent), largest resident set in MiB and commit of one finished run."""
     results = json.loads((run / "results.json").read_text(encoding="utf-8"))
-    stages = results["training"]["stages"]
-    log = [json.loads(line) for line in (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
     return {
         "tuned": {name: 100 * score["tuned"] for name, score in results["scores"].items()},
         "base": {name: 100 * score["base"] for name, score in results["scores"].items() if score["base"] is not None},
-        "tokens_per_s": sum(stage["tokens"] for stage in stages) / sum(stage["seconds"] for stage in stages),
-        "mib": max(entry["timing"]["memory_gib"] for entry in log if entry["kind"] == "train") * 1024,
+        "mib": max(entry["timing"]["memory_gib"] for entry in log(run) if entry["kind"] == "train") * 1024,
         "commit": results["commit"],
     }
 
@@ -94,7 +107,7 @@ def spread(values: Sequence[float]) -> str:
     return f"{statistics.mean(values):.1f} ± {statistics.stdev(values) if len(values) > 1 else 0.0:.1f}"
 
 
-def table(runs: Path, recipes: Iterable[str], seeds: Sequence[int]) -> str:
+def table(runs: Path, recipes: Iterable[str], seeds: Sequence[int], rounds: int) -> str:
     """The Markdown table of what was measured."""
     reference = {seed: read(runs / REFERENCE / str(seed)) for seed in seeds}
     names = list(reference[seeds[0]]["tuned"])
@@ -108,14 +121,19 @@ def table(runs: Path, recipes: Iterable[str], seeds: Sequence[int]) -> str:
         found = {seed: read(runs / recipe / str(seed)) for seed in seeds}
         scores = [spread([found[seed]["tuned"][name] for seed in seeds]) for name in names]
         means = spread([statistics.mean(found[seed]["tuned"].values()) for seed in seeds])
-        ratios = [
-            f"{statistics.median(found[seed][key] / reference[seed][key] for seed in seeds):.2f}"
-            for key in ("tokens_per_s", "mib")
-        ]
+        memory = statistics.median(found[seed]["mib"] / reference[seed]["mib"] for seed in seeds)
+        fast = [speed(places[recipe]) / speed(places[REFERENCE]) for places in speed_runs(runs, recipes, rounds)]
+        ratios = [f"{statistics.median(fast):.2f}" if fast else "", f"{memory:.2f}"]
         counts = [f"{number:,}" for number in parameters(runs / recipe / str(seeds[0]))]
         lines.append("| " + " | ".join([f"`{recipe}`", *scores, means, *counts, *ratios]) + " |")
     commits = sorted({read(runs / recipe / str(seed))["commit"] for recipe in recipes for seed in seeds})
     return "\n".join([*lines, "", f"Commit {', '.join(str(commit)[:12] for commit in commits)}; seeds {list(seeds)}."])
+
+
+def speed_runs(runs: Path, recipes: Iterable[str], rounds: int) -> list[dict[str, Path]]:
+    """By round: recipe -> folder of its short run."""
+    names = dict.fromkeys([REFERENCE, *recipes])
+    return [{name: runs / "speed" / name / str(number) for name in names} for number in range(rounds)]
 
 
 def write(document: Path, text: str) -> None:
@@ -132,6 +150,7 @@ def main() -> None:
     parser.add_argument("runs", type=Path)
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--jobs", type=int, default=1, help="runs at a time")
+    parser.add_argument("--rounds", type=int, default=2, help="short runs of each recipe for its speed")
     parser.add_argument("--recipes", help="comma list; default: all")
     parser.add_argument("--write", type=Path, help="a document with the marks for the table")
     parser.add_argument("overrides", nargs="*", help="KEY=VALUE for every run")
@@ -145,12 +164,15 @@ def main() -> None:
             tasks = yaml.safe_load((ROOT / "configs/data/tiny.yaml").read_text(encoding="utf-8"))["tasks"]
             made = [pool.submit(make_adapter, task, runs / "adapters", *options.overrides) for task in tasks]
             adapters = [done.result() for done in made]
+
+        def given(recipe: str, seed: int) -> list[str]:
+            brought = [f"experts.adapters=[{','.join(map(str, adapters))}]"] if wants_adapters(files[recipe]) else []
+            return [*options.overrides, f"seed={seed}", *brought]
+
         waiting = []
         for seed in seeds:
             for recipe in dict.fromkeys([REFERENCE, *recipes]):
-                arguments = [*options.overrides, f"seed={seed}"]
-                if wants_adapters(files[recipe]):
-                    arguments.append(f"experts.adapters=[{','.join(map(str, adapters))}]")
+                arguments = given(recipe, seed)
                 if (recipe, seed) != (REFERENCE, 0):
                     arguments.append("eval.base=false")
                 waiting.append(pool.submit(train, recipe, runs / recipe / str(seed), *arguments))
@@ -160,7 +182,10 @@ def main() -> None:
         except BaseException:  # what has not begun is left for the next time
             pool.shutdown(cancel_futures=True)
             raise
-    text = table(runs, recipes, seeds)
+    for number, places in enumerate(speed_runs(runs, recipes, options.rounds)):
+        for recipe, run in places.items():
+            train(recipe, run, *given(recipe, number), *SHORT)
+    text = table(runs, recipes, seeds, options.rounds)
     print(text)
     if options.write:
         write(options.write, text)

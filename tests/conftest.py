@@ -34,7 +34,12 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--nightly", action="store_true", help="also run the long forms of tests, for an hour or so")
 
 
+# with the longest tests: one that begins last leaves the other processes idle
+LONG_FILES = ("test_readme.py", "test_end_to_end.py", "test_recipes.py", "test_compiled.py")
+
+
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    items.sort(key=lambda item: LONG_FILES.index(item.path.name) if item.path.name in LONG_FILES else len(LONG_FILES))
     if not config.getoption("--nightly"):
         for item in items:
             if "nightly" in item.keywords:

@@ -59,7 +59,8 @@ class Mixture:
         self.task_names = tuple(task.name for task in tasks)
         self.domain_names = tuple(dict.fromkeys(task.domain for task in tasks))  # in order of first appearance
         self.domain_of = tuple(self.domain_names.index(task.domain) for task in tasks)  # task index -> domain index
-        self._touched: set[tuple[int, str]] = set()  # (task, name) of truncated examples
+        # per task, by number of the row in its file; not a set of names, which would grow to a hundred bytes a row
+        self._cut = [np.zeros(int(task.rows.origin.max(initial=-1)) + 1, dtype=bool) for task in tasks]
         self._memo: dict[tuple[int, int], Example] = {}
         self._memo_bytes = 0
 
@@ -71,10 +72,7 @@ class Mixture:
     @property
     def truncated(self) -> dict[str, int]:
         """Per task, how many of the examples seen so far were cut to `max_length`."""
-        counts = dict.fromkeys(self.task_names, 0)
-        for task, _ in self._touched:
-            counts[self.task_names[task]] += 1
-        return counts
+        return {name: int(cut.sum()) for name, cut in zip(self.task_names, self._cut, strict=True)}
 
     def plan(
         self,
@@ -102,7 +100,9 @@ class Mixture:
 
     def note_truncated(self, examples: Iterable[Example]) -> None:
         """Count what was cut, also by a worker process."""
-        self._touched.update((example.task, example.name) for example in examples if example.truncated)
+        for example in examples:
+            if example.truncated:
+                self._cut[example.task][int(example.name.rpartition(":")[2])] = True
 
     def begin_worker(self) -> None:
         """In a forked process: write what it tokenises when it ends, besides what its parent writes."""

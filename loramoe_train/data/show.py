@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from typing import Any
+from unicodedata import category
 
 import numpy as np
 from rich.box import SIMPLE_HEAD
@@ -68,8 +69,13 @@ def coloured(example: Example, tokenizer: Any, *, ids: bool) -> Text:
     edges = [0, *(np.flatnonzero(np.diff(example.supervised)) + 1).tolist(), len(example)]
     for begin, end in zip(edges[:-1], edges[1:], strict=True):
         stretch = tokenizer.decode(example.ids[begin:end].tolist(), clean_up_tokenization_spaces=False)
-        text.append(stretch, style=SUPERVISED if example.supervised[begin] else PROMPT)
+        text.append(_harmless(stretch), style=SUPERVISED if example.supervised[begin] else PROMPT)
     return text
+
+
+def _harmless(text: str) -> str:
+    """Control characters spelled out, but for tabs and line breaks: a terminal would obey what a row says."""
+    return "".join(c if category(c) != "Cc" or c in "\t\n" else c.encode("unicode_escape").decode() for c in text)
 
 
 def length_table(mixture: Mixture) -> Table:

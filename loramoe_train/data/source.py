@@ -38,27 +38,29 @@ class Rows(Protocol):
 
 
 class ArrowRows:
-    """Rows of a `datasets.Dataset`. Images and audio stay undecoded: no template needs them."""
+    """Rows of a `datasets.Dataset`, as they are stored. Nothing is decoded, however deep it lies: no template needs an
+    image, and decoding one may open whatever file or address a row names."""
 
     def __init__(self, dataset: Any, name: str) -> None:
-        from datasets import Audio, Image
-
-        for column, feature in dataset.features.items():
-            if isinstance(feature, Image | Audio):
-                dataset = dataset.cast_column(column, type(feature)(decode=False))
-        self._dataset, self._name = dataset, name
+        self._dataset, self._name, self._fingerprint = dataset.with_format("arrow"), name, dataset._fingerprint
 
     def __len__(self) -> int:
         return len(self._dataset)
 
     def __getitem__(self, index: int) -> Row:
-        return self._dataset[int(index)]
+        from pyarrow import ArrowException
+
+        try:
+            (row,) = self._dataset[int(index)].to_pylist()
+        except (ArrowException, ValueError, OverflowError, UnicodeDecodeError) as error:  # e.g. a date of year 30000
+            raise DataError(f"{self.where(index)}: holds a value that cannot be read ({_first_line(error)})") from error
+        return row
 
     def where(self, index: int) -> str:
         return f"{self._name} (row {index + 1})"
 
     def digest(self) -> str:
-        return f"datasets:{self._dataset._fingerprint}"  # of its files (path, time, size) and of what was done to it
+        return f"datasets:{self._fingerprint}"  # of its files (path, time, size) and of what was done to it
 
 
 class Selected:
@@ -124,10 +126,10 @@ def open_rows(task: str, source: SourceConfig, split: str, root: str | None) -> 
     if len(rows) == 0:
         raise DataError(f"{place}: has no rows (task {task}, split {split})")
     if source.keep is None:
-        return Selected(rows, range(len(rows)))
+        return Selected(rows, np.arange(len(rows)))
     keep = Predicate(source.keep, key=f"data.definitions.{task}.source.keep")
-    kept = [index for index in range(len(rows)) if keep(rows[index], rows.where(index))]
-    if not kept:
+    kept = np.fromiter((i for i in range(len(rows)) if keep(rows[i], rows.where(i))), dtype=np.int64)
+    if not len(kept):
         raise DataError(f"{place}: none of its {len(rows)} rows passes source.keep={source.keep!r} of task {task}")
     return Selected(rows, kept)
 

@@ -52,13 +52,19 @@ class Rendered:
 
 
 class _Null(Exception):
-    pass
+    """Its text says what cannot be printed."""
 
 
 def _refuse_null(value: Any) -> Any:
-    """Jinja's finalize: called with every printed value."""
-    if value is None or (isinstance(value, float) and math.isnan(value)):
-        raise _Null
+    """Jinja's finalize: called with every printed value. Lists and objects print as Python shows them, so what must not
+    be printed must not lie inside them either."""
+    if isinstance(value, str):
+        return value
+    if value is None or (isinstance(value, float) and not math.isfinite(value)):
+        raise _Null("null" if value is None or math.isnan(value) else "infinite")
+    if isinstance(value, list | tuple | dict):
+        for entry in value.values() if isinstance(value, dict) else value:
+            _refuse_null(entry)
     return value
 
 
@@ -104,9 +110,9 @@ def _guarded(call: Callable[[], Any], row: Row, where: str, *, key: str, names: 
     """Run a template; whatever goes wrong inside becomes one line about the row or the template."""
     try:
         return call()
-    except _Null:
+    except _Null as error:
         nulls = [name for name in sorted(names) if name in row and row[name] is None]
-        what = f"column '{nulls[0]}' is null" if nulls else "a value is null"
+        what = f"column '{nulls[0]}' is null" if nulls else f"a value is {error}"
         raise DataError(f"{where}: {what}, but {key} prints it; leave such rows out with source.keep") from None
     except UndefinedError as error:
         match = re.fullmatch(r"'(.+)' is undefined", str(error.message))
@@ -115,7 +121,15 @@ def _guarded(call: Callable[[], Any], row: Row, where: str, *, key: str, names: 
         raise DataError(f"{where}: {what}, which {key} uses{near}") from error
     except SecurityError as error:
         raise ConfigError(f"{key}: not allowed in a template ({error.message})") from error
-    except (TemplateError, ArithmeticError, LookupError, TypeError, ValueError, AttributeError) as error:
+    except (
+        TemplateError,
+        ArithmeticError,
+        LookupError,
+        TypeError,
+        ValueError,
+        AttributeError,
+        RecursionError,  # of a macro that calls itself
+    ) as error:
         first = (str(error).splitlines() or [""])[0][:200]
         raise DataError(f"{where}: {key} fails on this row ({type(error).__name__}: {first})") from error
 
@@ -142,11 +156,7 @@ class Renderer:
         if not learned:
             raise DataError(f"{where}: nothing to learn: the answer of task {self.name} is empty for this row")
         for segment in rendered.segments:
-            try:
-                segment.text.encode()
-            except UnicodeEncodeError as error:  # JSON can spell it, no tokenizer can take it
-                half = f"{ord(segment.text[error.start]):04x}"
-                raise DataError(f"{where}: holds half of a surrogate pair (\\u{half}), which is not text") from error
+            _check_text(segment.text, where)
         return rendered
 
     def _prepare_prompt_answer(self, task: TaskConfig) -> None:
@@ -230,6 +240,7 @@ class Renderer:
                 raise DataError(f"{where}: message {number} of '{column}' has role '{message['role']}'{near}")
             if not isinstance(message["content"], str):
                 raise DataError(f"{where}: message {number} of '{column}' has content that is not text")
+            _check_text(message["content"], where)
             if message["role"] == "assistant" and not message["content"].strip():
                 raise DataError(
                     f"{where}: message {number} of '{column}': the assistant says nothing; nothing to learn"
@@ -252,6 +263,14 @@ class Renderer:
         except (TemplateError, ValueError, TypeError, LookupError) as error:
             first = (str(error).splitlines() or [""])[0][:200]
             raise DataError(f"{where}: the tokenizer's chat template refuses this conversation ({first})") from error
+
+
+def _check_text(text: str, where: str) -> None:
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:  # JSON can spell it, no tokenizer can take it
+        half = f"{ord(text[error.start]):04x}"
+        raise DataError(f"{where}: holds half of a surrogate pair (\\u{half}), which is not text") from error
 
 
 def _pair(prompt: str, answer: str) -> Rendered:

@@ -19,6 +19,7 @@ class RunConfig(Strict):
     seed: int = Field(default=0, ge=0)
     run_dir: str | None = None  # folder of the run; null: outputs/DATE/TIME
     resume: str | None = None  # "auto": continue the newest complete checkpoint of run_dir; or a checkpoint folder
+    resume_changes: list[str] = Field(default_factory=list)  # keys that may differ from the run that is continued
     init_from: str | None = None  # run folder, checkpoint or adapter whose weights a new run starts from
     offline: bool = False  # fetch nothing: sets the hub libraries' offline switches
     trusted_modules: list[str] = Field(default_factory=list)  # further module prefixes that `_target_` may name

@@ -29,6 +29,15 @@ class EarlyStoppingConfig(Strict):
     min_delta: float = Field(default=0.0, ge=0)  # nats of evaluation loss
 
 
+class WatchConfig(Strict):
+    """When routers raise a warning: in a line of the log, and, after several in a row, on the screen and in the end."""
+
+    dead_load: float = Field(default=0.01, ge=0, lt=1)  # an expert with less than this share of an even load is dead
+    top_load: float = Field(default=0.95, gt=0, le=1)  # a site is collapsed where one expert has this share of the load
+    load_entropy: float = Field(default=0.1, ge=0, lt=1)  # or where the entropy of its load, 1 if even, is lower
+    patience: int = Field(default=3, gt=0)  # lines in a row
+
+
 class TrainerConfig(Strict):
     """The optimisation of a run."""
 
@@ -44,6 +53,7 @@ class TrainerConfig(Strict):
     eps: float = Field(default=1e-8, gt=0)
     weight_decay: float = Field(default=0.0, ge=0)  # 0: an idle expert must not shrink
     clip_norm: float | None = Field(default=1.0, gt=0)
+    max_skipped_steps: int = Field(default=0, ge=0)  # of a stage, left out for a loss or gradient that is not finite
     schedule: Literal["cosine", "linear", "constant"] = "cosine"  # per stage
     warmup_fraction: float = Field(default=0.03, ge=0, lt=1)  # of a stage's steps
     mixed_precision: Literal["no", "bf16"] = "no"  # autocast around the forward pass
@@ -56,6 +66,7 @@ class TrainerConfig(Strict):
     checkpoint_every: int | None = Field(default=None, gt=0)  # steps; null: at each stage's end
     keep: int = Field(default=2, gt=0)  # newest checkpoints kept, besides the best and each stage's last
     early_stopping: EarlyStoppingConfig | None = None
+    watch: WatchConfig = Field(default_factory=WatchConfig)
     trackers: list[Literal["wandb", "tensorboard"]] = Field(default_factory=list)
     stages: dict[str, StageConfig] = Field(default_factory=dict)  # in order; empty: one stage named "train"
 

@@ -26,9 +26,10 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from loramoe_train.errors import LoramoeError, MissingFileError
-from loramoe_train.files import sha256, sync, write_json
+from loramoe_train.files import read_json, sha256, sync, write_json
 
 FOLDER, MANIFEST, STATE = "checkpoints", "MANIFEST.json", "state"
+ADAPTER, TRAINER = "adapter.safetensors", f"{STATE}/trainer.json"  # no checkpoint is without them
 FORMAT = 1
 _NAME = re.compile(r"^step_(\d+)$")
 
@@ -83,7 +84,7 @@ def write_checkpoint(
         for name, entries in tensors.items():
             if entries:
                 save_file(dict(entries), aside / STATE / f"{name}.safetensors")
-        write_json(aside / STATE / "trainer.json", dict(state))
+        write_json(aside / TRAINER, dict(state))
         files = sorted(path for path in aside.rglob("*") if path.is_file())
         for path in files:
             sync(path)
@@ -126,28 +127,40 @@ def _tidy(checkpoints: Path) -> None:
 def fault(path: Path) -> str | None:
     """Why a folder is no complete checkpoint, in a few words; None if it is one. Reads every byte of it."""
     try:
-        manifest = json.loads((path / MANIFEST).read_text())
+        manifest = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
         files = manifest["files"]
         if manifest["format"] != FORMAT:
-            return f"its format is {manifest['format']}, this program reads {FORMAT}"
+            return f"its format is {_shown(manifest['format'])}, this program reads {FORMAT}"
         for name, facts in files.items():
             plain = PurePosixPath(name)
             if plain.is_absolute() or ".." in plain.parts or (path / name).is_symlink():
-                return f"its manifest names {name!r}, which is not a plain file inside it"
+                return f"its manifest names {_shown(name)}, which is not a plain file inside it"
             file = path / name
             if not file.is_file():
-                return f"{name} is missing"
+                return f"{_shown(name, str)} is missing"
             if file.stat().st_size != facts["bytes"]:
-                return f"{name} has {file.stat().st_size} bytes instead of {facts['bytes']}"
+                return f"{_shown(name, str)} has {file.stat().st_size} bytes instead of {_shown(facts['bytes'])}"
             if sha256(file) != facts["sha256"]:
-                return f"{name} does not match its checksum"
-        if f"{STATE}/trainer.json" not in files:
-            return f"{STATE}/trainer.json is not in its manifest"
+                return f"{_shown(name, str)} does not match its checksum"
+        # what would be read must have been checked
+        wanted = [TRAINER, ADAPTER, *sorted(file.relative_to(path).as_posix() for file in path.rglob("*.safetensors"))]
+        unlisted = [name for name in wanted if name not in files]
+        if unlisted:
+            return f"{_shown(unlisted[0], str)} is not in its manifest"
+        # a copy may have any name
+        if step_of(path.with_suffix("")) not in (-1, manifest["step"]):
+            return f"its manifest is of step {_shown(manifest['step'])}"
     except FileNotFoundError:
         return f"it has no {MANIFEST}"
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         return f"its {MANIFEST} cannot be read ({type(error).__name__})"
     return None
+
+
+def _shown(value: Any, form: Callable[[Any], str] = repr) -> str:
+    """Part of a message of one line: a damaged manifest may hold anything."""
+    text = form(value)
+    return text if text.isprintable() and len(text) <= 100 else f"{repr(text[:100])}..."
 
 
 def find_latest(run_dir: Path, *, on_skip: Callable[[str], None] = lambda message: None) -> Path | None:
@@ -175,7 +188,7 @@ def read_checkpoint(path: Path) -> Checkpoint:
     reason = fault(path)
     if reason is not None:
         raise LoramoeError(f"checkpoint {path} cannot be used: {reason}; take an older one, or resume=auto")
-    return Checkpoint(path, json.loads((path / STATE / "trainer.json").read_text()))
+    return Checkpoint(path, read_json(path / TRAINER))
 
 
 def rotate(run_dir: Path, *, step: int, keep: int, protected: Collection[str]) -> None:

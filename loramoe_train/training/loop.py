@@ -38,6 +38,7 @@ def fit(
     run_dir: Path,
     seed: int,
     resume: Path | None = None,
+    changed: bool = False,
     console: "Console | None" = None,
 ) -> TrainingSummary:
     """Train all stages; leaves `metrics.jsonl` and `checkpoints/` in `run_dir`, and the model as after the last step.
@@ -46,6 +47,7 @@ def fit(
         accelerator: as `make_accelerator` makes it; its trackers, if any, are started.
         stages: from `plan_stages`.
         resume: a checkpoint folder to continue from (see `checkpoint.find_latest`).
+        changed: the configuration may differ from that of the checkpoint.
         console: where to show progress; None is silent. Only the main process uses it.
 
     Raises:
@@ -66,6 +68,7 @@ def fit(
         seed=seed,
         progress=Progress(console if accelerator.is_main_process else None),
         metrics=Metrics(run_dir, accelerator),
+        changed=changed,
     )
     if checkpoint is not None:
         run.restore(checkpoint)

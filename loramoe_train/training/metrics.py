@@ -6,7 +6,8 @@ Every line has `kind`, `step` (optimizer steps taken in the run) and `stage`:
 |---|---|
 | train | loss, task_loss {task: nats}, aux {name: {raw, weighted, balanced}}, anchor, lr, grad_norm {group}, timing |
 | eval | loss, task_loss |
-| routing | sites {site: load, entropy, top_share, dead}, layers {layer: {task: share of each expert}} |
+| routing | sites {site: load, entropy, top_share, dead}, layers {layer: {task: share of each expert}}, alarms |
+| skipped | not_finite {what: value}, tasks, examples: of a step that was left out |
 | stage | the stage's summary |
 
 `balanced` is the raw value at perfectly even use of the experts, for the terms that have one.

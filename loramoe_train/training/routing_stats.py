@@ -22,7 +22,6 @@ from loramoe_train.routing.layers import layer_of
 from loramoe_train.routing.types import Tokens
 from loramoe_train.training.parts import Records
 
-DEAD_SHARE = 0.01  # of an even load: below it an expert counts as dead
 DIGITS = 5  # of the logged shares
 STACKED_ELEMENTS = 2**23  # weights held side by side at a time: 32 MiB in float32
 
@@ -30,9 +29,10 @@ STACKED_ELEMENTS = 2**23  # weights held side by side at a time: 32 MiB in float
 class RoutingStats:
     """Sums of one logging window. Sites with one expert are left out: nothing is decided there."""
 
-    def __init__(self, task_names: Sequence[str], accelerator: Accelerator) -> None:
+    def __init__(self, task_names: Sequence[str], accelerator: Accelerator, *, dead_load: float = 0.01) -> None:
+        """`dead_load`: of an even load; an expert with less counts as dead."""
         self._tasks = tuple(task_names)
-        self._accelerator = accelerator
+        self._accelerator, self._dead_load = accelerator, dead_load
         # site -> (K,) float64, so that the order of adding up does not show: use, row after row of its (T, E), then the
         # sum of the entropies in nats and the number of tokens
         self._sums: dict[str, Tensor] = {}
@@ -63,7 +63,8 @@ class RoutingStats:
                 spread_MNE = p_MNE.clamp_min(torch.finfo(torch.float32).tiny).log_().mul_(p_MNE)
                 entropy_M1 = -(spread_MNE.sum(dim=-1) @ valid_N)[:, None]
                 found_MK = torch.cat([use_MK, entropy_M1, tokens_1.expand(len(part), 1)], dim=1)
-                stack_MK[start : start + many] += found_MK
+                # a step that is not finite may be left out, and must not spoil the whole window
+                stack_MK[start : start + many] += found_MK.where(found_MK.isfinite().all(dim=1, keepdim=True), 0.0)
 
     def _stack(self, sites: tuple[str, ...], experts: int) -> Tensor:
         """(M, K): the sums of these sites as rows of one tensor; made when they are first seen together."""
@@ -97,7 +98,7 @@ class RoutingStats:
                 "load": _rounded(load_E),
                 "entropy": round(float(entropy / tokens.clamp_min(1) / log(experts)), DIGITS),
                 "top_share": round(float(load_E.max()), DIGITS),
-                "dead": [int(e) for e in (load_E < DEAD_SHARE / experts).nonzero()],
+                "dead": [int(e) for e in (load_E < self._dead_load / experts).nonzero()],
             }
             by_layer.setdefault(layer_of(site), []).append(use_TE)
         self._sums, self._stacks = {}, {}

@@ -41,6 +41,9 @@ class StageState:
     best_loss: float | None = None
     patience_loss: float | None = None  # what early stopping compares with
     evals_without_gain: int = 0
+    skipped: int = 0  # steps that were left out, not finite
+    alarms: list[str] = field(default_factory=list)  # about routers, from the last line of the log
+    alarmed: int = 0  # lines in a row that had any
     recorded: dict[str, int] = field(default_factory=dict)  # site -> number of its experts
 
     def plain(self) -> dict[str, Any]:
@@ -73,11 +76,12 @@ class RunState:
     history: list[StageSummary] = field(default_factory=list)  # of the completed stages
     last_checkpoint: Path | None = None  # complete, once `settle` has returned
     writer: Writer = field(default_factory=Writer)
+    changed: bool = False  # the configuration may differ from that of the checkpoint, as the user knows
     unsettled: bool = False  # a save was begun and nobody has asked how it went; the same on every rank
 
     def restore(self, checkpoint: Checkpoint) -> None:
         """Take the weights and the history of a checkpoint. Raises ConfigError if its stages so far were others."""
-        refuse_other_plan(checkpoint, self.stages, self.seed)
+        refuse_other_plan(checkpoint, self.stages, None if self.changed else self.seed)
         self.parts.load_adapter(checkpoint.path)
         self.history = [StageSummary.from_plain(values) for values in checkpoint.state["history"]]
         self.last_checkpoint = checkpoint.path
@@ -185,11 +189,18 @@ class RunState:
         return {f"step_{step:06d}" for step in steps if step is not None}
 
 
-def refuse_other_plan(checkpoint: Checkpoint, stages: tuple[StagePlan, ...], seed: int) -> None:
-    """Raise ConfigError unless the stages up to the checkpoint's own, and the seed, are what they were."""
+PLACE = ("name", "index", "first_step")  # what a checkpoint cannot do without
+
+
+def refuse_other_plan(checkpoint: Checkpoint, stages: tuple[StagePlan, ...], seed: int | None) -> None:
+    """Raise ConfigError unless the stages up to the checkpoint's own, and the seed, are what they were.
+
+    Args:
+        seed: None: it may be another, as may all of the stages but their places.
+    """
     stored, index = checkpoint.state["stages"], checkpoint.state["stage"]
     cure = "set it back to resume, or use init_from to start from its weights"
-    if checkpoint.state["seed"] != seed:
+    if seed is not None and checkpoint.state["seed"] != seed:
         raise ConfigError(f"seed is {seed}, but checkpoint {checkpoint.path} has {checkpoint.state['seed']}; {cure}")
     if index >= len(stages):
         raise ConfigError(
@@ -198,8 +209,14 @@ def refuse_other_plan(checkpoint: Checkpoint, stages: tuple[StagePlan, ...], see
         )
     for before, now in zip(stored[: index + 1], [plan.plain() for plan in stages[: index + 1]], strict=True):
         for key, value in before.items():
-            if now.get(key) != value:
+            if now.get(key) != value and (seed is not None or key in PLACE):
                 raise ConfigError(
                     f"stage {before['name']} has {key}={now.get(key)}, but checkpoint {checkpoint.path} has {value}; "
                     f"{cure}"
                 )
+    done = checkpoint.state["stage_state"]["done"]
+    if not checkpoint.state["stage_done"] and done > stages[index].steps:
+        raise ConfigError(
+            f"stage {stages[index].name} has {stages[index].steps} steps, but checkpoint {checkpoint.path} has taken "
+            f"{done} of it; {cure}"
+        )

@@ -9,9 +9,36 @@ import signal
 import threading
 from collections.abc import Callable
 from types import FrameType, TracebackType
-from typing import Any
+from typing import Any, NoReturn
 
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGINT)
+
+
+class Terminated(BaseException):
+    """A signal to stop came outside the training loop. No Exception, for the same reason as KeyboardInterrupt."""
+
+
+def end_on_signals() -> None:
+    """From here on the signals that would kill this process raise Terminated; who listens already goes on listening.
+
+    Ctrl-C raises KeyboardInterrupt anyway.
+    """
+    for number in STOP_SIGNALS:
+        if signal.getsignal(number) is signal.SIG_DFL:
+            signal.signal(number, _terminate)
+
+
+def ignore_signals() -> None:
+    """For a process that is leaving: a launcher that sees one rank leave ends the others with SIGTERM, which must
+    change no exit code. Ctrl-C still ends it."""
+    for number in STOP_SIGNALS:
+        if number != signal.SIGINT:
+            signal.signal(number, signal.SIG_IGN)
+
+
+def _terminate(number: int, frame: FrameType | None) -> NoReturn:
+    ignore_signals()
+    raise Terminated(signal.Signals(number).name)
 
 
 class StopSignals:
@@ -46,5 +73,5 @@ class StopSignals:
     def chain(self) -> None:
         """Hand a SIGUSR2 on to whoever listened before us. Call it once the checkpoint is on the disk."""
         handler = self._previous.get(signal.SIGUSR2)
-        if self.received == signal.SIGUSR2 and callable(handler):
+        if self.received == signal.SIGUSR2 and callable(handler) and handler is not _terminate:
             handler(int(signal.SIGUSR2), None)

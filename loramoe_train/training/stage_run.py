@@ -29,6 +29,7 @@ from loramoe_train.training.optim import (
 from loramoe_train.training.outcome import StepResult, Unread
 from loramoe_train.training.parts import AuxTerm
 from loramoe_train.training.routing_stats import RoutingStats
+from loramoe_train.training.routing_watch import alarms
 from loramoe_train.training.run_state import RunState, StageState
 from loramoe_train.training.sharding import shard_base, shares
 from loramoe_train.training.signals import StopSignals
@@ -64,7 +65,7 @@ class StageRun:
         self.names = {id(p): name for members in parts.groups.values() for name, p in members.items()}
         anchored = parts.groups.get("experts", {}) if plan.anchor > 0 else {}
         self.anchors = {name: parameter.detach().clone() for name, parameter in anchored.items()}
-        self.routing_stats = RoutingStats(parts.task_names, run.accelerator)
+        self.routing_stats = RoutingStats(parts.task_names, run.accelerator, dead_load=run.trainer.watch.dead_load)
         self.state = StageState(Window(len(parts.task_names)))
         self.unread: list[Unread] = []  # steps counted in `state.done` whose numbers are not in its sums yet
 
@@ -125,6 +126,7 @@ class StageRun:
             run_dir=run.run_dir,
             anchors=self.anchors,
             before_update=before_update,
+            skipped=self.state.skipped,
         )
         return training_step
 
@@ -137,11 +139,24 @@ class StageRun:
         result, keep = None, 0 if self._numbers_are_due() else 1
         while len(self.unread) > keep:
             result = self.unread.pop(0).read()
-            self.state.window.add(result)
-            self.state.tokens += result.tokens
+            self._count(result)
             if result.interrupted or result.signalled:
                 keep = 0
         return result
+
+    def _count(self, result: StepResult) -> None:
+        if result.skipped is None:
+            self.state.window.add(result)
+            self.state.tokens += result.tokens
+            return
+        self.state.skipped += 1
+        facts = dict(result.skipped)
+        step = facts.pop("step")
+        self.run.metrics.write("skipped", step, self.plan.name, facts)
+        self.run.progress.say(
+            f"warning: stage {self.plan.name}, step {step} is left out ({self.state.skipped} of at most "
+            f"{self.run.trainer.max_skipped_steps}): {', '.join(f'{k} is {v}' for k, v in facts['not_finite'].items())}"
+        )
 
     def _numbers_are_due(self) -> bool:
         """Whether log, evaluation, checkpoint, end or a signal follows this step; the same answer on every rank."""
@@ -196,6 +211,12 @@ class StageRun:
         return summary
 
     def _warnings(self) -> tuple[str, ...]:
+        found = list(self.state.alarms)
+        if self.state.skipped:
+            found.append(f"{self.state.skipped} steps were left out, for they were not finite (see metrics.jsonl)")
+        return (*found, *self._unmoved())
+
+    def _unmoved(self) -> tuple[str, ...]:
         if "experts" not in self.plan.train:
             return ()
         unmoved = unmoved_experts(self.run.parts.model, self.optimizer, self.run.parts.groups["experts"])
@@ -217,7 +238,8 @@ class StageRun:
         memory = memory_gib(self.run.accelerator.device)
         self.run.progress.step(self.plan, self.state.done, result.loss, result.tokens / max(seconds, 1e-9), memory)
         if _due(self.state.done, self.run.trainer.log_every) or self.state.done == self.plan.steps:
-            self._flush_log({"lr": learning_rates, "grad_norm": dict(result.grad_norms)})
+            norms = {} if result.skipped else {"grad_norm": dict(result.grad_norms)}
+            self._flush_log({"lr": learning_rates, **norms})
 
     def _flush_log(self, latest: dict[str, Any]) -> None:
         """Write the lines of the window and start a new one; nothing if no step was taken since."""
@@ -237,10 +259,20 @@ class StageRun:
         timing = {"seconds": window.seconds, "tokens_per_second": tokens_per_second, "memory_gib": memory}
         run.metrics.write("train", self.step_number, self.plan.name, {**values, **latest, "timing": timing})
         if routing is not None:
-            run.metrics.write("routing", self.step_number, self.plan.name, routing)
+            self._watch(routing)
+            run.metrics.write("routing", self.step_number, self.plan.name, {**routing, "alarms": self.state.alarms})
         loss = self.state.last_losses["loss"]
         run.progress.logged(self.plan, self.state.done, loss, tokens_per_second, memory)
         self.state.window = Window(len(run.parts.task_names))
+
+    def _watch(self, routing: dict[str, Any]) -> None:
+        """Keep what the routers' loads give cause to warn about; say it once it has lasted."""
+        state, watch = self.state, self.run.trainer.watch
+        state.alarms = list(alarms(routing, watch)) if self.plan.routing == "learned" else []
+        state.alarmed = state.alarmed + 1 if state.alarms else 0
+        if state.alarmed == watch.patience:
+            for text in state.alarms:
+                self.run.progress.say(f"warning: stage {self.plan.name}: {text}")
 
     # -- evaluation ----------------------------------------------------------------------------------------------------
 

@@ -77,8 +77,14 @@ class TrainingStep:
         run_dir: Path,
         anchors: Mapping[str, Tensor],
         before_update: Callable[[int], None] = lambda step: None,
+        skipped: int = 0,
     ) -> None:
-        """`wrapped` is the model or its data-parallel wrapper; `before_update` sees the gradients of each step."""
+        """
+        Args:
+            wrapped: the model or its data-parallel wrapper.
+            before_update: sees the gradients of each step.
+            skipped: how many steps of the stage were left out already.
+        """
         self.parts, self.accelerator, self.trainer, self.plan = parts, accelerator, trainer, plan
         self.wrapped, self.optimizer, self.head, self.routing_stats = wrapped, optimizer, head, routing_stats
         self.seed, self.anchors, self.before_update = seed, anchors, before_update
@@ -92,8 +98,11 @@ class TrainingStep:
             parts.task_names,
             self.aux.names,
             tuple(group["name"] for group in optimizer.param_groups),
+            may_skip=trainer.max_skipped_steps - skipped,
         )
-        self._halted = torch.zeros((), device=accelerator.device)  # 1 from the first step on that must not count
+        # the host reads a step late, so the device counts by itself how many were bad, and halts once they are too many
+        self._bad = torch.full((), float(skipped), device=accelerator.device)
+        self._halted = torch.zeros((), device=accelerator.device)  # 1 in a step that must not count
         self._halts_itself = halts_on_device(optimizer, self._halted)
 
     def __call__(self, step: int, batches: Sequence[MixedBatch], *, stop: tuple[bool, bool] = (False, False)) -> Unread:
@@ -106,7 +115,8 @@ class TrainingStep:
             the step's numbers, not yet read. Until they are, nothing here waits for the device.
 
         Where the numbers turn out not to be finite, or no token of the step is supervised, the optimizer has not moved:
-        weights and moments are those before the step, and further steps leave them alone. Reading the numbers raises.
+        weights and moments are those before the step. If there are more such steps than `trainer.max_skipped_steps`,
+        further ones leave them alone too, and reading the numbers raises.
         """
         device = self.accelerator.device
         wanted = [targets(batch) for batch in batches]
@@ -138,15 +148,15 @@ class TrainingStep:
         numbers = Numbers(task_sums_T, aux_J, stop_2, task_tokens_T, tokens, anchor, norms_G.double())
         packed = numbers.packed()
         bad = ~(torch.isfinite(packed).all() & torch.isfinite(scale))
-        self._halted.copy_(torch.maximum(self._halted, bad.float()))
+        self._bad += bad
+        self._halted.copy_(bad | (self._bad > self.trainer.max_skipped_steps))
         examples = [name for batch in batches for name in batch.example_ids]
         unread = Unread(self._reader, step, numbers, packed, examples)
-        if not self._halts_itself:
-            unread.read()
         self.before_update(step)
-        if self.trainer.clip_norm is not None:
-            clip_grads_with_norm_(self._trained(), self.trainer.clip_norm, norms_G.norm())
-        self.optimizer.step()
+        if self._halts_itself or unread.read().skipped is None:
+            if self.trainer.clip_norm is not None:
+                clip_grads_with_norm_(self._trained(), self.trainer.clip_norm, norms_G.norm())
+            self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         return unread
 

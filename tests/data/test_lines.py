@@ -7,8 +7,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from loramoe_train.data.build import build_mixture
 from loramoe_train.data.lines import JsonArray, JsonLines, read_json
 from loramoe_train.errors import DataError
+from loramoe_train.schema.data import SamplingConfig
+from tests.data.helpers import qa_config, qa_task
 
 JSON_VALUES = st.one_of(st.none(), st.booleans(), st.integers(), st.text(), st.lists(st.integers(), max_size=3))
 
@@ -99,13 +102,36 @@ def test_bad_json_list(tmp_path, content, message):
     assert str(caught.value).startswith(f"{path}{message}")
 
 
-def test_memory_does_not_grow_with_the_rows(tmp_path):
+def traced_peak(call) -> int:
     import tracemalloc
 
-    path = tmp_path / "rows.jsonl"
-    path.write_bytes(b'{"text": "' + b"x" * 500 + b'"}\n' * 1 + (b'{"text": "' + b"x" * 500 + b'"}\n') * 19_999)
     tracemalloc.start()
-    rows = JsonLines(path)
-    peak = tracemalloc.get_traced_memory()[1]
-    tracemalloc.stop()
-    assert len(rows) == 20_000 and peak < 2_000_000  # the file has 10 MB
+    try:
+        call()
+        return tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+
+
+def test_memory_does_not_grow_with_the_rows(tmp_path):
+    path = tmp_path / "rows.jsonl"
+    path.write_bytes((b'{"text": "' + b"x" * 500 + b'"}\n') * 20_000)
+    assert traced_peak(lambda: JsonLines(path)) < 600_000  # 16 bytes a row, and a buffer; the file has 10 MB
+
+
+def test_a_row_costs_a_few_bytes_until_it_is_drawn(tmp_path, tokenizer):
+    """Index, selection, marks, and the order in which rows are drawn: numbers in arrays, no object for each row."""
+    peaks = []
+    for count in (2_000, 12_000):
+        path = tmp_path / "rows.jsonl"
+        path.write_bytes(b'{"q": "1", "a": "x"}\n' * count)
+        task = qa_task("one") | {"source": {"files": {"train": str(path)}, "keep": "q != '2'"}}
+        config = qa_config(tmp_path, {}, tasks=["one"], definitions={"one": task})
+
+        def draw(config=config, count=count):
+            mixture = build_mixture(config, tokenizer, check=False)
+            mixture.plan(SamplingConfig()).slice(count - 64, count)
+            mixture.note_truncated([])
+
+        peaks.append(traced_peak(draw))
+    assert (peaks[1] - peaks[0]) / 10_000 < 80

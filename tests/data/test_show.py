@@ -5,8 +5,9 @@ import io
 import numpy as np
 from rich.console import Console
 
+from loramoe_train.data.build import build_mixture
 from loramoe_train.data.show import PROMPT, SUPERVISED, coloured, length_table, sampling_table, show_data
-from tests.data.helpers import qa_config, qa_mixture, qa_rows
+from tests.data.helpers import qa_config, qa_mixture, qa_rows, qa_task, write_lines
 
 
 def cells(table):
@@ -61,3 +62,11 @@ def test_brackets_in_the_data_are_not_markup(tmp_path, tokenizer):
     write_lines(tmp_path / "one" / "train.jsonl", [{"q": "[bold]x[/] [/red]", "a": "[0]"}])
     show_data(config, tokenizer, 1, False, Console(file=out, width=120, color_system=None))
     assert "[bold]x[/] [/red]" in out.getvalue()
+
+
+def test_a_row_gives_the_terminal_no_orders(tmp_path, tokenizer):
+    path = write_lines(tmp_path / "one" / "train.jsonl", [{"q": "\x1b[2Jgone\x07", "a": "\u009b31mred\tb\nc"}])
+    config = qa_config(tmp_path, {}, tasks=["one"], definitions={"one": qa_task("one")})
+    assert path.is_file()
+    shown = coloured(build_mixture(config, tokenizer).example(0, 0), tokenizer, ids=False).plain
+    assert "\\x1b[2Jgone\\x07" in shown and "\\x9b31mred\tb\nc" in shown

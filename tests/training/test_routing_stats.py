@@ -30,6 +30,23 @@ def make_records(n: int, experts: int = 4) -> dict[str, Routing]:
     return {**records, "model.layers.1.k": Routing(one_hot), "model.layers.1.single": Routing(torch.ones(n, 1))}
 
 
+def test_numbers_that_are_not_finite_do_not_spoil_the_window() -> None:
+    """The step that they belong to may be left out; the other sites of that step count."""
+    found = []
+    for spoiled in (False, True):
+        stats = RoutingStats(TASKS, Accelerator(cpu=True))
+        torch.manual_seed(0)
+        for n in (7, 5):
+            records, tokens = make_records(n), make_tokens(n)
+            if spoiled and n == 5:
+                records["model.layers.0.q"].weights_NE[2, 1] = float("nan")
+            elif not spoiled and n == 5:
+                del records["model.layers.0.q"]
+            stats.add(records, tokens)
+        found.append(stats.fetch()["sites"])
+    assert found[0] == found[1]
+
+
 def test_equal_to_loops() -> None:
     stats = RoutingStats(TASKS, Accelerator(cpu=True))
     seen = []

@@ -44,6 +44,12 @@ class Announced:
             yield batches
 
 
+def announced(parts: TrainingParts, pause: float = 0.0) -> TrainingParts:
+    """The parts with stage data that says `step N`, and takes `pause` seconds."""
+    made = parts.stage_data
+    return replace(parts, stage_data=lambda name: Announced(made(name), pause))
+
+
 def held(parts: TrainingParts, step: int) -> TrainingParts:
     """The parts with a checkpoint, that of `step`, which says `writing STEP` and then waits for a signal to stop."""
 
@@ -81,8 +87,7 @@ def main(options: dict[str, Any]) -> None:
     make = double_parts if options.get("double") else make_parts
     router = {"router": make_picky_router} if options.get("picky") else {}
     parts = make(**options.get("parts", {}), **router)
-    made = parts.stage_data
-    parts = replace(parts, stage_data=lambda name: Announced(made(name), options.get("pause", 0.0)))
+    parts = announced(parts, options.get("pause", 0.0))
     if "hold" in options:
         parts = held(parts, options["hold"])
     if options.get("listen"):
