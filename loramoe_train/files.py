@@ -3,10 +3,14 @@
 import hashlib
 import json
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from loramoe_train.errors import DataError, MissingFileError
+from safetensors import SafetensorError
+
+from loramoe_train.errors import DataError, LoramoeError, MissingFileError
 
 
 def sha256(path: Path) -> str:
@@ -41,6 +45,20 @@ def write_bytes(path: Path, content: bytes) -> None:
 def write_json(path: Path, content: Any) -> None:
     """`content` as indented JSON; NaN is refused, because other readers of JSON refuse it too."""
     write_bytes(path, (json.dumps(content, indent=1, allow_nan=False) + "\n").encode())
+
+
+@contextmanager
+def write_errors(what: str, cure: str) -> Iterator[None]:
+    """What the disk refuses, safetensors' own error for it among them, as one line.
+
+    Raises LoramoeError: WHAT could not be written (REASON); CURE.
+    """
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
+        reason = reason.rpartition("I/O error: ")[2].partition(" (os error")[0]  # as safetensors has it
+        raise LoramoeError(f"{what} could not be written ({reason}); {cure}") from error
 
 
 def read_json(path: Path) -> dict[str, Any]:

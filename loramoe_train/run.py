@@ -24,6 +24,7 @@ from loramoe_train.evaluation.results import render_table, versions, write_resul
 from loramoe_train.experts import adapters as adapter_files
 from loramoe_train.experts.compiled import compile_layers
 from loramoe_train.experts.mixed_block import try_blocks
+from loramoe_train.files import write_errors
 from loramoe_train.models import (
     base_identity,
     check_same_base,
@@ -127,13 +128,15 @@ def _train_in(
         if cut:
             _say(console, f"note: {cut} examples of {task} were cut to data.max_length={config.data.max_length} tokens")
     if state.is_main_process:
-        ready.parts.save_adapter(run_dir, ready.parts.adapter_tensors())
+        with _written(run_dir):
+            ready.parts.save_adapter(run_dir, ready.parts.adapter_tensors())
     mixture = {"tasks": ready.mixture.task_names, "domains": ready.mixture.domain_names}
     served = served_by(config, benchmark_names(config), **mixture) if config.eval.enabled else {}
     outcome = evaluate_routed(config, ready.routed, ready.tokenizer, run_dir, accelerator, console, served=served)
     if state.is_main_process:
         extra = {"training": summary.plain(), "run_dir": str(run_dir), "command": sys.argv, **_recipe()}
-        finish(config, run_dir, outcome, time.perf_counter() - started, extra)
+        with _written(run_dir):
+            finish(config, run_dir, outcome, time.perf_counter() - started, extra)
     accelerator.end_training()  # last: it also takes the processes apart, and evaluation is shared among them
 
 
@@ -244,7 +247,8 @@ def evaluate_routed(
 
     def keep(side: Any, result: Any) -> None:
         if config.eval.save_samples and accelerator.is_main_process:
-            write_samples(folder / "samples", result.name, side, result.samples)
+            with _written(folder / "samples"):
+                write_samples(folder / "samples", result.name, side, result.samples)
         _say(console, f"  {result.name} {side}: {result.score:.4f} ({result.seconds:.1f} s)")
 
     def as_base() -> AbstractContextManager[None]:
@@ -316,6 +320,10 @@ def finish(config: RunConfig, run_dir: Path, outcome: dict[str, Any], seconds: f
     )
     render_table(results, screen())
     print(f"results: {run_dir / RESULTS}")
+
+
+def _written(place: Path) -> AbstractContextManager[None]:
+    return write_errors(str(place), "nothing that was trained is lost; make room, and give the same command again")
 
 
 def _recipe() -> dict[str, Any]:

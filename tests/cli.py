@@ -1,10 +1,12 @@
 """Run the commands as a user does, in a fresh process, offline."""
 
+import json
 import os
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 # a run of seconds: few rows, short steps, no evaluation unless a test asks for it
 SMALL = (
@@ -15,6 +17,9 @@ SMALL = (
     "data.validation_examples=2",
 )
 NO_EVAL = "eval.enabled=false"
+MIXER = ("+recipe=lora_mixer", *SMALL)
+TWO_TASKS = ("data.tasks=[tiny_grammar,tiny_sentiment]", "router.top_k=2")
+ADAPTER = "adapter.safetensors"
 
 
 def run_cli(
@@ -78,6 +83,20 @@ def check_refused(done: subprocess.CompletedProcess, code: int, *words: str) -> 
 def half_written(folder: Path) -> list[Path]:
     """Files and folders that only a write in progress may leave."""
     return [path for path in folder.rglob("*") if path.name.endswith((".tmp", ".old"))]
+
+
+def lines(run_dir: Path, kind: str) -> list[dict[str, Any]]:
+    """The entries of one kind in metrics.jsonl, without those of the clock."""
+    entries = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+    return [{k: v for k, v in entry.items() if k != "timing"} for entry in entries if entry["kind"] == kind]
+
+
+def losses(run_dir: Path) -> list[float]:
+    return [entry["loss"] for entry in lines(run_dir, "train")]
+
+
+def same_bytes(one: Path, two: Path) -> bool:
+    return (one / ADAPTER).read_bytes() == (two / ADAPTER).read_bytes()
 
 
 if __name__ == "__main__":

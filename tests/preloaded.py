@@ -1,5 +1,6 @@
 """What the server of `forks.py` has done before it forks: every import, and one tiny run for those that come late."""
 
+import gc
 import tempfile
 from pathlib import Path
 
@@ -17,3 +18,4 @@ with tempfile.TemporaryDirectory() as folder:
     train(make_parts(), make_trainer(stages={"only": {"steps": 1}}, eval_every=1), Path(folder))
 AcceleratorState._reset_state(True)  # a child may be one of several ranks
 GradientState._reset_state()
+gc.freeze()  # else every child goes through all that the imports have made

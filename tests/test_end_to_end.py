@@ -12,13 +12,23 @@ import yaml
 from safetensors.torch import load_file
 
 from loramoe_train.validation import validate
-from tests.cli import NO_EVAL, SMALL, check_refused, half_written, run_cli, start_cli
+from tests.cli import (
+    ADAPTER,
+    MIXER,
+    NO_EVAL,
+    SMALL,
+    TWO_TASKS,
+    check_refused,
+    half_written,
+    lines,
+    losses,
+    run_cli,
+    same_bytes,
+    start_cli,
+)
 from tests.recipe_runs import write_adapters
 
 TASKS = ["tiny_math", "tiny_code", "tiny_facts", "tiny_grammar", "tiny_sentiment"]
-MIXER = ("+recipe=lora_mixer", *SMALL)
-TWO_TASKS = ("data.tasks=[tiny_grammar,tiny_sentiment]", "router.top_k=2")
-ADAPTER = "adapter.safetensors"
 
 
 def train(cwd: Path, run_dir: Path, *arguments: str, **environment: str) -> str:
@@ -31,20 +41,6 @@ def train(cwd: Path, run_dir: Path, *arguments: str, **environment: str) -> str:
 
 def results(run_dir: Path) -> dict[str, Any]:
     return json.loads((run_dir / "results.json").read_text())
-
-
-def lines(run_dir: Path, kind: str) -> list[dict[str, Any]]:
-    """The entries of one kind in metrics.jsonl, without those of the clock."""
-    entries = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
-    return [{k: v for k, v in entry.items() if k != "timing"} for entry in entries if entry["kind"] == kind]
-
-
-def losses(run_dir: Path) -> list[float]:
-    return [entry["loss"] for entry in lines(run_dir, "train")]
-
-
-def same_bytes(one: Path, two: Path) -> bool:
-    return (one / ADAPTER).read_bytes() == (two / ADAPTER).read_bytes()
 
 
 def check_close(one: Path, two: Path, *, loss: float, weight: float) -> None:

@@ -13,9 +13,19 @@ from typing import Any
 import pytest
 
 from loramoe_train.training.checkpoint import fault, find_latest
-from tests.cli import NO_EVAL, check_refused, half_written, start_cli
+from tests.cli import (
+    ADAPTER,
+    MIXER,
+    NO_EVAL,
+    TWO_TASKS,
+    check_refused,
+    half_written,
+    lines,
+    losses,
+    same_bytes,
+    start_cli,
+)
 from tests.forks import Forked, command
-from tests.test_end_to_end import ADAPTER, MIXER, TWO_TASKS, lines, losses, same_bytes
 
 STEPS = 20  # half of them in each stage
 FEW = 12  # for two ranks

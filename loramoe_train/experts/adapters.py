@@ -55,8 +55,12 @@ def save_adapter(
 
     weights = folder / WEIGHTS
     aside = weights.with_suffix(".tmp")
-    save_file({name: t.to("cpu").contiguous() for name, t in tensors.items()}, aside, metadata={"format": "pt"})
-    sync(aside)
+    try:
+        save_file({name: t.to("cpu").contiguous() for name, t in tensors.items()}, aside, metadata={"format": "pt"})
+        sync(aside)
+    except BaseException:
+        aside.unlink(missing_ok=True)  # it would keep a full disk full
+        raise
     manifest = {
         "format": FORMAT,
         "version": VERSION,

@@ -21,12 +21,11 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from loramoe_train.errors import LoramoeError, MissingFileError
-from loramoe_train.files import read_json, sha256, sync, write_json
+from loramoe_train.files import read_json, sha256, sync, write_errors, write_json
 
 FOLDER, MANIFEST, STATE = "checkpoints", "MANIFEST.json", "state"
 ADAPTER, TRAINER = "adapter.safetensors", f"{STATE}/trainer.json"  # no checkpoint is without them
@@ -77,35 +76,35 @@ def write_checkpoint(
     """
     folder = checkpoint_path(run_dir, step)
     aside, old = folder.with_name(f"{folder.name}.tmp"), folder.with_name(f"{folder.name}.old")
-    try:
-        _tidy(folder.parent)
-        (aside / STATE).mkdir(parents=True)
-        save_adapter(aside)
-        for name, entries in tensors.items():
-            if entries:
-                save_file(dict(entries), aside / STATE / f"{name}.safetensors")
-        write_json(aside / TRAINER, dict(state))
-        files = sorted(path for path in aside.rglob("*") if path.is_file())
-        for path in files:
-            sync(path)
-        listing = {
-            path.relative_to(aside).as_posix(): {"bytes": path.stat().st_size, "sha256": sha256(path)} for path in files
-        }
-        write_json(aside / MANIFEST, {"format": FORMAT, "step": step, "files": listing})
-        for path in [*(path for path in aside.rglob("*") if path.is_dir()), aside]:
-            sync(path)
-        if folder.exists():
-            os.rename(folder, old)
-        os.rename(aside, folder)
-        sync(folder.parent)
-    except (OSError, SafetensorError) as error:
-        # what is half written must not keep the disk full
-        shutil.rmtree(aside, ignore_errors=True)
-        reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
-        raise LoramoeError(
-            f"checkpoint {folder} could not be written ({reason}); the former checkpoints are intact; make room or "
-            f"choose another run_dir, and continue with resume=auto"
-        ) from error
+    cure = "the former checkpoints are intact; make room or choose another run_dir, and continue with resume=auto"
+    with write_errors(f"checkpoint {folder}", cure):
+        try:
+            _tidy(folder.parent)
+            (aside / STATE).mkdir(parents=True)
+            save_adapter(aside)
+            for name, entries in tensors.items():
+                if entries:
+                    save_file(dict(entries), aside / STATE / f"{name}.safetensors")
+            write_json(aside / TRAINER, dict(state))
+            files = sorted(path for path in aside.rglob("*") if path.is_file())
+            for path in files:
+                sync(path)
+            listing = {
+                path.relative_to(aside).as_posix(): {"bytes": path.stat().st_size, "sha256": sha256(path)}
+                for path in files
+            }
+            write_json(aside / MANIFEST, {"format": FORMAT, "step": step, "files": listing})
+            for path in [*(path for path in aside.rglob("*") if path.is_dir()), aside]:
+                sync(path)
+            if folder.exists():
+                os.rename(folder, old)
+            os.rename(aside, folder)
+            sync(folder.parent)
+            sync(run_dir)  # in which the folder of all checkpoints may be new
+        except Exception:
+            # what is half written must not keep the disk full
+            shutil.rmtree(aside, ignore_errors=True)
+            raise
     shutil.rmtree(old, ignore_errors=True)
     return folder
 

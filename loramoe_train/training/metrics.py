@@ -19,6 +19,7 @@ on the clock or the machine stands under `timing`; the rest is the same in every
 import json
 import os
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Any
@@ -131,9 +132,10 @@ class Metrics:
         return LoramoeError(f"{self.path} cannot be written ({error.strerror}); make room on the disk")
 
     def close(self) -> None:
-        if self._file is not None:
-            self._file.close()
-            self._file = None
+        file, self._file = self._file, None
+        if file is not None:
+            with suppress(OSError):  # the rest of a line that could not be written: `write` has said so
+                file.close()
 
 
 def keep_until(path: Path, step: int) -> None:

@@ -5,7 +5,7 @@ import json
 import pytest
 import torch
 
-from benchmarks import generation, measure, memory, scaling, site, training_step
+from benchmarks import checkpoint, generation, measure, memory, scaling, site, training_step
 from benchmarks.candidates import build
 from benchmarks.measure import CountOps, interleave, ratio, saved_mib, times
 from benchmarks.shapes import Mixture, make_base, make_tokens
@@ -78,6 +78,17 @@ def test_scaling(tmp_path, monkeypatch):
     file = tmp_path / "plot.png"
     report = scaling.main(["--model", "tiny", "--quick", "--rounds", "1", "--plot", str(file)])
     assert file.read_bytes()[:4] == b"\x89PNG" and report["growth"]["ours"]["8 experts"] == 1.0
+
+
+def test_checkpoint():
+    report = checkpoint.main(["--model", "tiny", "--rounds", "2"])["models"]["tiny"]
+    rows, weights = report["rows"], report["weights"]
+    assert list(rows) == ["held_up", "ours", "save_state", "save_state_flushed"]
+    assert all(row["seconds"] > 0 for row in rows.values()) and rows["held_up"]["mib"] == 0
+    # float32: what was trained and its two moments; the base besides
+    least = 3 * 4 * weights["trained"] / measure.MIB
+    assert least < rows["ours"]["mib"] < least + 0.3
+    assert rows["save_state"]["mib"] > rows["ours"]["mib"] + 4 * weights["base"] / measure.MIB - 0.3
 
 
 def test_the_exponent_of_a_power_law():

@@ -120,11 +120,49 @@ def test_a_real_limit_while_writing_tensors(tmp_path: Path) -> None:
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 16, limits[1]))
     try:
-        with pytest.raises(LoramoeError, match="step_000005 could not be written .*the former checkpoints are intact"):
+        with pytest.raises(
+            LoramoeError, match="step_000005 could not be written .File too large.; the former checkpoints are intact"
+        ):
             write(tmp_path, 5, tensors={"optimizer": {"x": torch.ones(1 << 16)}})
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     assert names(tmp_path) == {"step_000003"} and find_latest(tmp_path) == former
+
+
+def test_everything_is_on_the_disk_before_it_has_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A power cut keeps what was flushed: files, the folders that name them, then the folder that is renamed in."""
+    events, fsync, rename = [], os.fsync, os.rename
+
+    def watched_fsync(handle: int) -> None:
+        fsync(handle)
+        events.append(os.readlink(f"/proc/self/fd/{handle}"))
+
+    def watched_rename(source: Path, target: Path) -> None:
+        rename(source, target)
+        events.append((str(source), str(target)))
+
+    monkeypatch.setattr(os, "fsync", watched_fsync)
+    monkeypatch.setattr(os, "rename", watched_rename)
+    path = write(tmp_path, 3)
+    aside = path.with_name("step_000003.tmp")
+    named = events.index((str(aside), str(path)))
+    inside = [aside, *(aside / entry.relative_to(path) for entry in path.rglob("*"))]
+    flushed = {event: index for index, event in enumerate(events[:named])}
+    json_aside = {f"{file}.tmp" for file in inside if file.suffix == ".json"}  # flushed under the name of its writing
+    assert {str(entry) for entry in inside if entry.name != "MANIFEST.json"} | json_aside - {
+        f"{aside}/adapter.json.tmp"
+    } <= flushed.keys()
+    files = [flushed.get(str(entry), -1) for entry in inside if entry.suffix]
+    assert flushed[str(aside)] > max(files[1:]) and events[named + 1 :] == [str(path.parent), str(tmp_path)]
+
+
+def test_a_deletion_that_is_cut_short(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of a checkpoint that rotation began to delete nothing is left that looks complete."""
+    newest = [write(tmp_path, step) for step in (1, 2)][-1]
+    monkeypatch.setattr(module.shutil, "rmtree", lambda *given, **named: None)
+    rotate(tmp_path, step=2, keep=1, protected=set())
+    assert fault(tmp_path / "checkpoints" / "step_000001") == "it has no MANIFEST.json"
+    assert find_latest(tmp_path) == newest
 
 
 def test_killed_while_writing(tmp_path: Path) -> None:
