@@ -53,6 +53,8 @@ def read_json(path: Path) -> dict[str, Any]:
         raise DataError(f"{path}:{error.lineno} is not JSON: {error.msg}") from error
     except UnicodeDecodeError as error:
         raise DataError(f"{path} is not text: {error.reason} at byte {error.start}") from error
+    except (ValueError, RecursionError) as error:  # a number of thousands of digits
+        raise DataError(f"{path} holds JSON that cannot be read: {str(error).splitlines()[0]}") from error
     if not isinstance(value, dict):
         raise DataError(f"{path} holds a {type(value).__name__}, not a JSON object")
     return value

@@ -132,7 +132,8 @@ def fault(path: Path) -> str | None:
             return f"its format is {manifest['format']}, this program reads {FORMAT}"
         for name, facts in files.items():
             plain = PurePosixPath(name)
-            if plain.is_absolute() or ".." in plain.parts or (path / name).is_symlink():
+            inside = (path / name).resolve() == path.resolve() / plain  # no link on the way either
+            if plain.is_absolute() or ".." in plain.parts or not inside:
                 return f"its manifest names {name!r}, which is not a plain file inside it"
             file = path / name
             if not file.is_file():
@@ -145,7 +146,7 @@ def fault(path: Path) -> str | None:
             return f"{STATE}/trainer.json is not in its manifest"
     except FileNotFoundError:
         return f"it has no {MANIFEST}"
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         return f"its {MANIFEST} cannot be read ({type(error).__name__})"
     return None
 
