@@ -112,7 +112,7 @@ def plan_of(manifest: Mapping[str, Any]) -> dict[str, ExpertSpec]:
             spec = ExpertSpec(site, tuple(entry["ranks"]), tuple(entry["scales"]), entry["top_k"], entry["routed"])
             _check_spec(spec)
             plan[site.name] = spec
-    except (KeyError, TypeError, ValueError) as error:
+    except (KeyError, TypeError, ValueError, OverflowError) as error:
         raise DataError(f"{MANIFEST}: damaged list of sites ({error})") from error
     return plan
 
