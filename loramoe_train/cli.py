@@ -23,6 +23,7 @@ from loramoe_train.errors import (
 from loramoe_train.paths import CONFIGS, RECIPES
 from loramoe_train.schema.run import RunConfig
 from loramoe_train.training.signals import Terminated, end_on_signals, ignore_signals
+from loramoe_train.trust import guard_config_files, refuse_untyped
 
 Command = Callable[[RunConfig, dict[str, Any]], None]
 
@@ -136,6 +137,7 @@ def _main(command: Command, extras: dict[str, tuple[str, ...]] | None = None) ->
     os.environ["HYDRA_FULL_ERROR"] = "1"
     sys.argv[1:] = ordered(normalised(sys.argv[1:]))
     register()
+    guard_config_files()
     refused: list[LoramoeError] = []
 
     @hydra.main(config_path=str(CONFIGS), config_name="train", version_base="1.3")
@@ -246,8 +248,7 @@ def _typed(composed: Any, extras: dict[str, tuple[str, ...]]) -> tuple[RunConfig
                 raise ConfigError(f"unknown key {group}.{name}{nearest(name, names)}")
     hydra_config = HydraConfig.get()
     overrides = list(hydra_config.overrides.task)
-    if values.get("trusted_modules") and not any(o.lstrip("+").startswith("trusted_modules=") for o in overrides):
-        raise ConfigError("trusted_modules may only be set on the command line: a file must not widen what it may run")
+    refuse_untyped(values, overrides)
     folders = [Path(s.path) / "data" / "task" for s in hydra_config.runtime.config_sources if s.schema == "file"]
     values["aux_loss"] = chosen_losses(values["aux_loss"], overrides)
     tasks, definitions = values["data"].get("tasks"), values["data"].get("definitions") or {}

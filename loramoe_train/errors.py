@@ -28,13 +28,21 @@ class LoramoeError(Exception):
         super().__init__(printable(message))
 
 
+MAX_MESSAGE = 1500  # characters: a message may quote what a file holds
+
+
 def printable(text: str) -> str:
-    """One line. What a file brought along must neither break it nor reach a terminal as a command: line breaks become
-    spaces, other control characters, and those that turn the direction of writing, are spelled out."""
-    if text.isprintable():
-        return text
-    line = " ".join(text.split("\n"))
-    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in line)
+    """One line of at most MAX_MESSAGE characters, begin and end kept.
+
+    What a file brought along must neither break the line nor reach a terminal as a command: line breaks become spaces;
+    other control characters, and those that turn the direction of writing, are spelled out.
+    """
+    if not text.isprintable():
+        line = " ".join(text.split("\n"))
+        text = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in line)
+    if len(text) > MAX_MESSAGE:
+        text = f"{text[: MAX_MESSAGE // 2]} ... {text[-MAX_MESSAGE // 2 + 5 :]}"
+    return text
 
 
 class ConfigError(LoramoeError):

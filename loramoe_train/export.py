@@ -4,7 +4,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from loramoe_train.errors import ConfigError, nearest
+from loramoe_train.errors import ConfigError, DataError, nearest
+from loramoe_train.trust import value_at
 
 KEYS = ("route",)
 KNOWN = {"task": "tasks", "domain": "domains"}  # kind of route -> where the manifest lists what there is
@@ -21,7 +22,7 @@ def export(arguments: list[str]) -> Path:
         routes = "uniform|all|expert:NUMBER|domain:NAME|task:NAME"
         raise ConfigError(f"loramoe-export RUN_OR_ADAPTER NEW_FOLDER route={routes}")
 
-    from loramoe_train.experts.adapters import find_adapter, plan_of, read_manifest, read_weights
+    from loramoe_train.experts.adapters import check_stored, find_adapter, plan_of, read_manifest, read_weights
     from loramoe_train.experts.fold import fold
     from loramoe_train.experts.peft_folder import write_peft_folder
 
@@ -33,21 +34,23 @@ def export(arguments: list[str]) -> Path:
         raise ConfigError(
             f"{folder} holds no experts but the base's own weights, all of them trained: there is no LoRA in it"
         )
+    check_stored(folder, plan)
     tensors = read_weights(folder, manifest)
-    config = manifest["config"]
-    route = settings.get("route") or ("all" if config["router"]["make"] is None else "")
+    config = manifest.get("config")
+    if not all(isinstance(value_at(config, key), dict) for key in ("router", "experts", "model")):
+        raise DataError(f"{folder} stores no config in its manifest")
+    route = settings.get("route") or ("all" if config["router"].get("make") is None else "")
     if not route:
         raise ConfigError(
             f"{folder} has routers, whose choice depends on the token or its task: name a static route, such as"
-            f" route=domain:{manifest['domains'][0]} or route=uniform"
+            f" route=domain:{next(iter(manifest['domains']), 'NAME')} or route=uniform"
         )
     weights = _decided(manifest, plan, tensors, route)
     whole = config["experts"].get("mixing") == "output"
     factors = fold(plan, tensors, weights or route, domains=manifest["domains"], whole_blocks=whole)
     base = config["model"]
-    return write_peft_folder(
-        target, factors, base_model=base.get("path") or base["name"], revision=base.get("revision")
-    )
+    named = base.get("path") or base.get("name")
+    return write_peft_folder(target, factors, base_model=str(named), revision=base.get("revision"))
 
 
 def _decided(
@@ -60,7 +63,7 @@ def _decided(
     kind, _, name = route.partition(":")
     stored = manifest["config"]
     # a file must not say whose code to run, so routers from elsewhere are not made here
-    if kind not in KNOWN or stored["router"]["make"] is None or stored.get("trusted_modules"):
+    if kind not in KNOWN or stored["router"].get("make") is None or stored.get("trusted_modules"):
         return None
     names = manifest[KNOWN[kind]]
     if name not in names:

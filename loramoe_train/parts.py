@@ -1,10 +1,10 @@
 """Parts of the program named in YAML: `_target_` is a class, the other keys its arguments, nested parts included.
 
-A config from a stranger must not run a stranger's code, so `_target_` may only name something inside this package, or
-below a module prefix that the user lists in `trusted_modules`. `check_part` verifies names and arguments by reading the
-class's source, without importing it, so that a typo is told within a second and before torch is loaded. `build_part`
-makes the object; constructors that ask for a fact by name (`d_in`, `num_experts`, `top_k`, ...) get it from `facts`
-unless the YAML gives it.
+A config from a stranger must not run a stranger's code, so `_target_` may only name a class of the folders that parts
+live in (other classes of this package open files), or below a module prefix that the user lists in `trusted_modules`.
+`check_part` verifies names and arguments by reading the class's source, without importing it, so that a typo is told
+within a second and before torch is loaded. `build_part` makes the object; constructors that ask for a fact by name
+(`d_in`, `num_experts`, `top_k`, ...) get it from `facts` unless the YAML gives it.
 """
 
 import ast
@@ -19,6 +19,7 @@ from loramoe_train.paths import PACKAGE
 
 TARGET = "_target_"
 OWN_PREFIX = "loramoe_train"
+FOLDERS = ("experts", "routers", "aux_losses")  # of this package, with parts in them
 
 
 @lru_cache(maxsize=256)
@@ -53,17 +54,20 @@ def _arguments(node: ast.ClassDef) -> tuple[tuple[str, ...], tuple[str, ...]]:
 
 def _known_modules() -> list[str]:
     files = [p for p in PACKAGE.rglob("*.py") if p.name != "__init__.py"]
-    return [".".join([OWN_PREFIX, *p.relative_to(PACKAGE).with_suffix("").parts]) for p in files]
+    names = [p.relative_to(PACKAGE).with_suffix("").parts for p in files]
+    return [".".join([OWN_PREFIX, *parts]) for parts in names if parts[0] in FOLDERS]
 
 
 def _signature(target: object, key: str, trusted: Collection[str]) -> tuple[tuple[str, ...], tuple[str, ...]]:
-    if not isinstance(target, str) or "." not in target:
+    if not isinstance(target, str) or "." not in target or not all(map(str.isidentifier, target.split("."))):
         raise ConfigError(f"{key}.{TARGET}: '{target}' is no class; give package.module.Class")
     module, _, name = target.rpartition(".")
     if module == OWN_PREFIX or module.startswith(OWN_PREFIX + "."):
-        classes = _own_classes(module)
+        folder = "".join(module.split(".")[1:2])
+        classes = _own_classes(module) if folder in FOLDERS else None
         if classes is None:
-            raise ConfigError(f"{key}.{TARGET}: there is no module {module}{nearest(module, _known_modules())}")
+            near = nearest(module, _known_modules())
+            raise ConfigError(f"{key}.{TARGET}: there is no module {module} with parts in it{near}")
         if name not in classes:
             raise ConfigError(f"{key}.{TARGET}: {module} has no class '{name}'{nearest(name, classes)}")
         return classes[name]
@@ -88,9 +92,19 @@ def check_part(part: Mapping[str, Any], key: str, *, facts: Collection[str], tru
             raise ConfigError(f"{key}.{name}: {part[TARGET]} takes no such argument{nearest(name, allowed)}")
         if isinstance(part[name], Mapping) and TARGET in part[name]:
             check_part(part[name], f"{key}.{name}", facts=facts, trusted=trusted)
+        elif _holds_part(part[name]):
+            raise ConfigError(
+                f"{key}.{name} holds a {TARGET} where nothing is made of it; a part is an argument itself"
+            )
     for name in required:
         if name not in given and name not in facts:
             raise ConfigError(f"{key}.{name} is missing: {part[TARGET]} needs it")
+
+
+def _holds_part(value: Any) -> bool:
+    if isinstance(value, Mapping):
+        return TARGET in value or any(map(_holds_part, value.values()))
+    return isinstance(value, list | tuple) and any(map(_holds_part, value))
 
 
 def takes(part: Mapping[str, Any], fact: str, trusted: Collection[str] = ()) -> bool:

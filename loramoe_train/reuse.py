@@ -10,7 +10,9 @@ import yaml
 from loramoe_train.errors import ConfigError, DataError
 from loramoe_train.experts.adapters import find_adapter, read_manifest
 from loramoe_train.paths import CONFIGS
+from loramoe_train.rundir import PLACES
 from loramoe_train.schema.run import RunConfig
+from loramoe_train.trust import is_typed, refuse_outside_links, refuse_untyped
 from loramoe_train.validation import validate
 
 KEPT = ("training", "recipe", "command")  # what results.json says about the training stays when it is scored again
@@ -26,22 +28,27 @@ def config_of(folder: Path, overrides: Sequence[str]) -> tuple[RunConfig, Path, 
     values = manifest.get("config")
     if not isinstance(values, dict):
         raise DataError(f"{adapter} stores no config in its manifest")
-    if values.get("trusted_modules") and not any(text.startswith("trusted_modules=") for text in overrides):
-        raise ConfigError(
-            f"{adapter} wants code of {values['trusted_modules']}; if you trust it, say so:"
-            f" trusted_modules=[{','.join(map(str, values['trusted_modules']))}]"
-        )
+    values = {key: value for key, value in values.items() if key not in PLACES}  # a file does not say where to write
+    if isinstance(values.get("eval"), dict) and not is_typed("eval.allow_code_execution", overrides):
+        values["eval"] = {**values["eval"], "allow_code_execution": False}  # who trained may have allowed it to himself
+    try:
+        refuse_untyped(values, overrides)
+    except ConfigError as error:
+        raise ConfigError(f"{adapter}: {error}") from error
     return validate(apply_overrides(values, overrides)), adapter, manifest
 
 
 def apply_overrides(values: dict[str, Any], overrides: Sequence[str]) -> dict[str, Any]:
-    """A copy of plain config values with `key=value` and `group=option` applied in order."""
+    """A copy of plain config values with `key=value` and `group=option` applied in order.
+
+    What is stored is plain: `${...}` in it is text, in a prompt perhaps, and not for OmegaConf to fill in.
+    """
     from omegaconf import OmegaConf
     from omegaconf.errors import OmegaConfBaseException
 
     from loramoe_train.data.definitions import load_definitions
 
-    config = OmegaConf.create(values)
+    plain = dict(values)
     for text in overrides:
         key, equals, value = text.lstrip("+").partition("=")
         if not equals:
@@ -50,21 +57,32 @@ def apply_overrides(values: dict[str, Any], overrides: Sequence[str]) -> dict[st
         try:
             if option.is_file():
                 layer = {key: yaml.safe_load(option.read_text(encoding="utf-8"))}
-                config = OmegaConf.merge(config, layer)
             else:
-                config = OmegaConf.merge(config, OmegaConf.from_dotlist([f"{key}={value}"]))
-        except (OmegaConfBaseException, yaml.YAMLError) as error:
+                layer = OmegaConf.to_container(OmegaConf.from_dotlist([f"{key}={value}"]), resolve=True)
+        except (OmegaConfBaseException, yaml.YAMLError, RecursionError) as error:
             raise ConfigError(f"{text}: {str(error).splitlines()[0]}") from error
-    plain: dict[str, Any] = OmegaConf.to_container(config, resolve=True)  # type: ignore[assignment]
-    data = plain["data"]
-    missing = [task for task in data["tasks"] if task not in data["definitions"]]
-    data["definitions"].update(load_definitions(missing, [CONFIGS / "data" / "task"]))
+        plain = _merged(plain, layer)
+    data = plain.get("data")
+    if isinstance(data, dict) and isinstance(data.get("tasks"), list) and isinstance(data.get("definitions"), dict):
+        missing = [str(task) for task in data["tasks"] if str(task) not in data["definitions"]]
+        found = load_definitions(missing, [CONFIGS / "data" / "task"])
+        plain["data"] = {**data, "definitions": {**data["definitions"], **found}}
     return plain
+
+
+def _merged(below: Any, above: Any) -> Any:
+    """Mappings are laid over each other, anything else takes the place of what was there."""
+    if not isinstance(below, dict) or not isinstance(above, dict):
+        return above
+    return {**below, **{key: _merged(below.get(key), value) for key, value in above.items()}}
 
 
 def evaluate_folder(folder: Path, overrides: Sequence[str]) -> None:
     """Score the routed model of a folder and its base; results.json and samples go there, or to `run_dir`."""
     config, adapter, manifest = config_of(folder, overrides)
+    out = Path(config.run_dir) if config.run_dir else folder
+    if out.is_dir():
+        refuse_outside_links(out)
     if not config.eval.enabled:
         config = config.model_copy(update={"eval": config.eval.model_copy(update={"enabled": True})})
 
@@ -81,7 +99,6 @@ def evaluate_folder(folder: Path, overrides: Sequence[str]) -> None:
     from loramoe_train.training.accelerator import make_accelerator
 
     quiet_libraries()
-    out = Path(config.run_dir) if config.run_dir else folder
     accelerator = make_accelerator(config.trainer.model_copy(update={"trackers": []}), out, cpu=on_cpu())
     routed = rebuild(config, adapter, manifest, device=accelerator.device)
     console = screen(stderr=True) if accelerator.is_main_process else None

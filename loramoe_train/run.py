@@ -28,13 +28,14 @@ from loramoe_train.files import write_errors
 from loramoe_train.models import (
     base_identity,
     check_same_base,
+    check_sites,
     load_model,
     load_tokenizer,
     meta_model,
     original_weights,
 )
 from loramoe_train.run_lock import alone_in
-from loramoe_train.rundir import RESULTS, claim, default_run_dir, newest_checkpoint, released_on_failure
+from loramoe_train.rundir import PLACES, RESULTS, claim, default_run_dir, newest_checkpoint, released_on_failure
 from loramoe_train.schema.run import RunConfig
 from loramoe_train.screen import quiet_libraries, screen
 from loramoe_train.serving import Served, check_same_origins, served_by
@@ -46,13 +47,6 @@ from loramoe_train.training.memory import memory_errors
 from loramoe_train.training.parts import TrainingParts
 from loramoe_train.training.sharding import is_shared_out, shares
 from loramoe_train.training.stages import StagePlan, plan_stages
-
-PLACES = (
-    "run_dir",
-    "resume",
-    "resume_changes",
-    "init_from",
-)  # of one run on one machine; no business of an adapter's manifest
 
 
 @dataclass(frozen=True)
@@ -209,11 +203,16 @@ def build_routed(config: RunConfig, domains: Sequence[str], *, device: Any) -> R
 
 def rebuild(config: RunConfig, folder: Path, manifest: dict[str, Any], *, device: Any) -> RoutedModel:
     """The routed model of an adapter folder, from its manifest: no other file is needed but the base."""
+    identity, plan = base_identity(config.model), adapter_files.plan_of(manifest)
+    check_same_base(manifest["base"], identity, f"adapter={folder}")
+    # nothing is made in a size that only the manifest claims
+    adapter_files.check_stored(folder, plan)
+    check_sites(meta_model(config.model), plan, f"{folder / adapter_files.MANIFEST}")
     model = load_model(config.model, device=device)
     mixture = {"num_domains": len(manifest["domains"]), "num_tasks": len(manifest["tasks"])}
-    routed = attach(config, model, adapter_files.plan_of(manifest), **mixture)
+    routed = attach(config, model, plan, **mixture)
     routed.context.mode = list(config.trainer.stages.values())[-1].routing  # as it was evaluated after training
-    load_adapter(folder, routed, base_identity(config.model), key="adapter")
+    load_adapter(folder, routed, identity, key="adapter")
     return routed
 
 

@@ -13,10 +13,13 @@ import yaml
 from loramoe_train.errors import ConfigError, DataError, MissingFileError, nearest
 from loramoe_train.files import write_bytes
 from loramoe_train.schema.run import RunConfig
+from loramoe_train.trust import refuse_outside_links
 
 RESOLVED, RESULTS = "config.resolved.yaml", "results.json"
 OUTPUTS = ("adapter.safetensors", "adapter.json", "metrics.jsonl", "checkpoints", RESULTS)  # besides RESOLVED
 KEYS_IN_MESSAGE = 4
+# of one run on one machine; no business of an adapter's manifest
+PLACES = ("run_dir", "resume", "resume_changes", "init_from")
 # What may change when a run continues: where it is, how it reports, and what happens after training.
 FREE = (
     "run_dir",
@@ -65,6 +68,7 @@ def check_claim(run_dir: Path, config: RunConfig) -> None:
         raise ConfigError(f"run_dir={run_dir} cannot be written: {place} is a file; give a folder")
     if not os.access(place, os.W_OK | os.X_OK):
         raise ConfigError(f"run_dir={run_dir} cannot be written: no permission to write into {place}")
+    refuse_outside_links(run_dir)
     if (run_dir / RESOLVED).is_file():
         if config.resume is None:
             raise ConfigError(
@@ -155,7 +159,7 @@ def read_resolved(path: Path) -> dict[str, Any]:
     """The resolved config of a run folder, as plain values."""
     try:
         values = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+    except (OSError, ValueError, yaml.YAMLError, RecursionError) as error:
         raise DataError(f"{path} cannot be read: {str(error).splitlines()[0]}") from error
     if not isinstance(values, dict):
         raise DataError(f"{path} is no resolved config")

@@ -36,7 +36,7 @@ def _load(task: str, path: Path) -> dict[str, Any]:
         raise ConfigError(
             f"{path}{line}: not valid YAML ({getattr(error, 'problem', None) or 'syntax error'})"
         ) from error
-    except (OSError, UnicodeDecodeError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise ConfigError(f"{path}: cannot be read ({error})") from error
     if not isinstance(content, dict):
         raise ConfigError(

@@ -117,7 +117,7 @@ def _guarded(call: Callable[[], Any], row: Row, where: str, *, key: str, names: 
     except UndefinedError as error:
         match = re.fullmatch(r"'(.+)' is undefined", str(error.message))
         near = nearest(match[1], row) if match else f"; columns: {', '.join(row)}"
-        what = f"has no column '{match[1]}'" if match else str(error.message)
+        what = f"has no column '{match[1]}'" if match else str(error.message)[:200]  # it quotes the row
         raise DataError(f"{where}: {what}, which {key} uses{near}") from error
     except SecurityError as error:
         raise ConfigError(f"{key}: not allowed in a template ({error.message})") from error

@@ -7,6 +7,8 @@ stored under its tensors' own names. Reading is strict: another base, another la
 damaged file is an error with one line.
 """
 
+import math
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
@@ -25,6 +27,9 @@ from loramoe_train.routing.seat import Owner
 
 WEIGHTS, MANIFEST = "adapter.safetensors", "adapter.json"
 FORMAT, VERSION = "loramoe_train.adapter", 3
+MAX_EXPERTS = 1 << 16  # at one site; far above any real number of them
+KINDS = {"tasks": list, "domains": list, "base": dict, "sites": list, "weights_sha256": str}  # in a manifest
+OPTIONAL = ("tasks", "domains", "base")  # read as empty where they are absent
 
 
 def adapter_tensors(
@@ -91,6 +96,14 @@ def read_manifest(folder: Path) -> dict[str, Any]:
         raise DataError(f"{path} is not an adapter manifest of this program")
     if manifest.get("version") != VERSION:
         raise DataError(f"{path} has format version {manifest.get('version')}; this program reads version {VERSION}")
+    for key, kind in KINDS.items():
+        if key in OPTIONAL:
+            manifest.setdefault(key, kind())
+        if not isinstance(manifest.get(key), kind):
+            raise DataError(f"{path}: {key} is damaged: it is no {kind.__name__}")
+    for key in ("tasks", "domains"):
+        if not all(isinstance(name, str) for name in manifest[key]):
+            raise DataError(f"{path}: {key} is damaged: it holds something else than names")
     return manifest
 
 
@@ -100,12 +113,60 @@ def plan_of(manifest: Mapping[str, Any]) -> dict[str, ExpertSpec]:
     try:
         for entry in manifest["sites"]:
             site = Site(**entry["site"])
-            plan[site.name] = ExpertSpec(
-                site, tuple(entry["ranks"]), tuple(entry["scales"]), entry["top_k"], entry["routed"]
-            )
-    except (KeyError, TypeError) as error:
+            spec = ExpertSpec(site, tuple(entry["ranks"]), tuple(entry["scales"]), entry["top_k"], entry["routed"])
+            _check_spec(spec)
+            plan[site.name] = spec
+    except (KeyError, TypeError, ValueError, OverflowError) as error:
         raise DataError(f"{MANIFEST}: damaged list of sites ({error})") from error
     return plan
+
+
+def _check_spec(spec: ExpertSpec) -> None:
+    """ValueError unless every entry is of its kind: a file may say anything."""
+    site, ranks, scales = spec.site, spec.ranks, spec.scales
+    whole = [site.layer, *ranks, *(() if spec.top_k is None else (spec.top_k - 1,))]
+    if not all(type(number) is int and number >= 0 for number in whole):
+        raise ValueError(f"{site.name!r}: layer, ranks and top_k must be whole numbers, got {_shown(whole)}")
+    if not all(type(number) is int and number > 0 for number in (site.in_features, site.out_features)):
+        raise ValueError(f"{site.name!r}: its sizes must be whole numbers above 0")
+    if not all(type(number) in (int, float) and math.isfinite(number) for number in scales):
+        raise ValueError(f"{site.name!r}: its scales must be numbers, got {_shown(scales)}")
+    if not 0 < len(ranks) <= MAX_EXPERTS or len(ranks) != len(scales):
+        raise ValueError(f"{site.name!r}: {len(ranks)} ranks and {len(scales)} scales; one each for every expert")
+    if not isinstance(site.name, str) or not isinstance(site.kind, str):
+        raise ValueError(f"{site.name!r}: names must be text")
+
+
+def _shown(value: object) -> str:
+    text = str(value)
+    return text if len(text) <= 60 else text[:57] + "..."
+
+
+def check_stored(folder: Path, plan: Mapping[str, ExpertSpec]) -> None:
+    """Raise DataError unless the weights hold as much for every site as the plan claims.
+
+    Reads the header alone: nothing is to be made in a size that is only claimed.
+    """
+    from safetensors import SafetensorError, safe_open
+
+    path = folder / WEIGHTS
+    if not path.is_file():
+        raise MissingFileError(f"{path} is missing")
+    try:
+        with safe_open(path, framework="pt") as file:
+            sizes = {name: math.prod(file.get_slice(name).get_shape()) for name in file.keys()}
+    except (SafetensorError, OSError) as error:
+        raise DataError(f"{path} is damaged: {error}") from error
+    held = Counter({site: 0 for site in plan})
+    for name, size in sizes.items():
+        held[name.rpartition(".bank.")[0]] += size
+    for name, spec in plan.items():
+        claimed = sum(spec.ranks) * spec.site.out_features
+        if claimed > held[name]:
+            raise DataError(
+                f"{folder / MANIFEST} claims ranks of {sum(spec.ranks):,} in all for {name}, but {WEIGHTS} holds only"
+                f" {held[name]:,} numbers for it"
+            )
 
 
 def read_weights(folder: Path, manifest: Mapping[str, Any]) -> dict[str, Tensor]:

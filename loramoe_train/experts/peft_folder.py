@@ -299,7 +299,12 @@ def pattern_value(pattern: Mapping[str, Any], module: str, default: Any) -> Any:
 
 
 def _number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    if not isinstance(value, int | float) or isinstance(value, bool):
+        return False
+    try:
+        return math.isfinite(value)
+    except OverflowError:  # a whole number that no float can hold
+        return False
 
 
 def _natural(name: str) -> list[tuple[int, str]]:

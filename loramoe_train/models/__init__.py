@@ -18,6 +18,7 @@ _HOME = {
     "load_model": "loading",
     "meta_model": "loading",
     "original_weights": "loading",
+    "check_sites": "sites",
     "count_layers": "sites",
     "find_sites": "sites",
     "load_tokenizer": "tokenizer",

@@ -8,6 +8,7 @@ from loramoe_train.models.files import CONFIG, cached_file, fetch_command, model
 from loramoe_train.schema.model import ModelConfig
 
 # one fact, several names: `attribute_map` of transformers' config classes
+MAX_LAYERS = 10_000
 _LAYERS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers")
 _POSITIONS = ("max_position_embeddings", "n_positions", "n_ctx", "seq_length", "max_seq_len")
 
@@ -79,6 +80,8 @@ def num_layers(architecture: dict[str, Any]) -> int:
     found = _fact(architecture, _LAYERS)
     if found is None:
         raise ConfigError(f"model.architecture says no number of layers; give {_LAYERS[0]}")
+    if found > MAX_LAYERS:
+        raise ConfigError(f"the base's config.json says {found:,} layers; no model has more than {MAX_LAYERS:,}")
     return found
 
 

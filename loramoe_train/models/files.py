@@ -8,7 +8,7 @@ import json
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import Any
 
 from loramoe_train.errors import ConfigError, DataError, MissingFileError, nearest
@@ -157,8 +157,11 @@ def _hint(folder: Path, missing: Sequence[str], gguf_file: str | None) -> str:
 def _shards(index: Path) -> list[str]:
     try:
         names = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise DataError(f"{index} is damaged: it holds no weight_map") from error
+    for name in names:
+        if not isinstance(name, str) or name != PurePath(name).name or not name.endswith(".safetensors"):
+            raise DataError(f"{index}: weight_map names {name!r}, which is no safetensors file in that folder")
     return sorted(names)
 
 
@@ -178,7 +181,7 @@ def safetensors_header(path: Path) -> tuple[dict[str, Any], int]:
         header = json.loads(text)
         header.pop("__metadata__", None)
         end = max((entry["data_offsets"][1] for entry in header.values()), default=0)
-    except (ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, IndexError, RecursionError) as error:
         raise DataError(f"{path} is damaged: its header is not readable; fetch or copy it again") from error
     if 8 + length + end != size:
         raise DataError(

@@ -20,6 +20,9 @@ from loramoe_train.schema.model import ModelConfig
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel
 
+ADAPTER = "adapter_config.json"
+NUMBERS_PER_BYTE = 8  # at most: no format has fewer than one bit for each
+SPARE = 1 << 28  # numbers: buffers such as masks and rotary tables are not stored
 # transformers' mixers multiply dt_proj.weight themselves, which packed storage does not allow; it is a small matrix
 UNQUANTISED = {kind: ["dt_proj", "lm_head"] for kind in ("mamba", "falcon_mamba", "jamba")}
 
@@ -39,6 +42,7 @@ def load_model(config: ModelConfig, *, device: torch.device | str | None = None)
     _check_model_type(config, architecture)
     arguments = _precision_arguments(config, architecture)
     source = check_weights(config)
+    _check_size(config, source)
     arguments |= _source_arguments(config, source)
     if device is not None:
         arguments["device_map"] = {"": torch.device(device)}
@@ -91,9 +95,12 @@ def meta_model(config: ModelConfig, *, device: str = "meta") -> nn.Module:
     _check_model_type(config, facts)
     attention = {"attn_implementation": config.attention} if _has_attention(facts) else {}
     with _one_line(config, config.path or config.name), torch.device(device):
-        model = AutoModelForCausalLM.from_config(
-            AutoConfig.for_model(**_buildable(facts)), dtype=_dtype(config), **attention
-        )
+        try:
+            model = AutoModelForCausalLM.from_config(
+                AutoConfig.for_model(**_buildable(facts)), dtype=_dtype(config), **attention
+            )
+        except RuntimeError as error:  # sizes that overflow; nothing is allocated here
+            raise ValueError(str(error)) from error
     return model.requires_grad_(False).eval()
 
 
@@ -123,12 +130,32 @@ def check_weights(config: ModelConfig) -> Path | str:
     """The folder of the weights, after a look at each file's presence and length; or a hub name, to be fetched."""
     source = model_folder(config)
     if isinstance(source, Path):
+        if (source / ADAPTER).is_file():
+            raise ConfigError(
+                f"{source} holds {ADAPTER}: transformers would put that adapter over the base, or load another base;"
+                " give the base's own folder, and the adapter as experts.adapters=[FOLDER]"
+            )
         for path in weight_files(source, config.gguf_file):
             if config.gguf_file is None:
                 safetensors_header(path)
             else:
                 _check_gguf(path)
     return source
+
+
+def _check_size(config: ModelConfig, source: Path | str) -> None:
+    """Raise DataError where config.json describes far more than the files hold: gaps are filled before they are
+    reported, and would be made in whatever size it says."""
+    if not isinstance(source, Path):
+        return
+    held = sum(path.stat().st_size for path in weight_files(source, config.gguf_file))
+    shapes = meta_model(config)
+    described = sum(t.numel() for t in (*shapes.parameters(), *shapes.buffers()))
+    if described > NUMBERS_PER_BYTE * held + SPARE:
+        raise DataError(
+            f"the weights in {source} do not fit its config.json: it describes {described:,} numbers, and the files"
+            f" hold {held:,} bytes"
+        )
 
 
 def _check_gguf(path: Path) -> None:

@@ -11,7 +11,8 @@ from typing import NoReturn
 
 from torch import nn
 
-from loramoe_train.errors import ConfigError, nearest
+from loramoe_train.errors import ConfigError, DataError, nearest
+from loramoe_train.experts.plan import ExpertSpec
 from loramoe_train.experts.sites import Site
 
 ALL_LINEAR = "all_linear"
@@ -58,6 +59,20 @@ def find_sites(
         for index, name, module in modules
         if name in chosen and isinstance(module, nn.Linear)
     ]
+
+
+def check_sites(model: nn.Module, plan: Mapping[str, ExpertSpec], source: str) -> None:
+    """Raise DataError unless every site of a stored plan is a linear layer of the model, of the size that it says."""
+    modules = dict(model.named_modules())
+    for name, spec in plan.items():
+        module, site = modules.get(name), spec.site
+        if not isinstance(module, nn.Linear):
+            raise DataError(f"{source}: the model has no linear layer {name}")
+        if (module.in_features, module.out_features) != (site.in_features, site.out_features):
+            raise DataError(
+                f"{source}: {name} is said to be {site.in_features:,} x {site.out_features:,}, but in the model it is"
+                f" {module.in_features:,} x {module.out_features:,}"
+            )
 
 
 def matches(name: str, pattern: str) -> bool:

@@ -132,7 +132,8 @@ def fault(path: Path) -> str | None:
             return f"its format is {_shown(manifest['format'])}, this program reads {FORMAT}"
         for name, facts in files.items():
             plain = PurePosixPath(name)
-            if plain.is_absolute() or ".." in plain.parts or (path / name).is_symlink():
+            inside = (path / name).resolve() == path.resolve() / plain  # no link on the way either
+            if plain.is_absolute() or ".." in plain.parts or not inside:
                 return f"its manifest names {_shown(name)}, which is not a plain file inside it"
             file = path / name
             if not file.is_file():

@@ -11,6 +11,7 @@ from loramoe_train.errors import ConfigError
 from loramoe_train.schema.trainer import TrainerConfig
 from loramoe_train.training.stages import StagePlan
 
+MOMENTS = ("exp_avg", "exp_avg_sq")
 UP = ".bank.up"  # how the names of up factors end
 FUSED_DEVICES = ("cpu", "cuda", "xpu", "mps")  # where torch has the one-kernel AdamW
 
@@ -134,6 +135,10 @@ def load_optimizer_tensors(
             f"the checkpoint's optimizer holds {len(stored)} tensors and this run trains {len(ours)} (first "
             f"difference: {odd}); resume with the configuration it was saved under, or use init_from for weights only"
         )
+    for parameter in parameters if stored else ():
+        for entry, value in stored[names[id(parameter)]].items():
+            if entry in MOMENTS and value.shape != parameter.shape:
+                raise ConfigError(f"the checkpoint's {entry} of {names[id(parameter)]} has shape {tuple(value.shape)}")
     state = optimizer.state_dict()
     state["state"] = {index: stored[names[id(p)]] for index, p in enumerate(parameters) if names[id(p)] in stored}
     optimizer.load_state_dict(state)

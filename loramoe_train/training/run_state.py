@@ -1,6 +1,7 @@
 """What the stages of a run share, where a stage stands, and how both go into a checkpoint and come back."""
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
@@ -10,7 +11,7 @@ from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list, gather_object
 from torch import Tensor
 
-from loramoe_train.errors import ConfigError, LoramoeError
+from loramoe_train.errors import ConfigError, DataError, LoramoeError
 from loramoe_train.schema.trainer import TrainerConfig
 from loramoe_train.training import rng
 from loramoe_train.training.checkpoint import Checkpoint, checkpoint_path, rotate, write_checkpoint
@@ -81,9 +82,10 @@ class RunState:
 
     def restore(self, checkpoint: Checkpoint) -> None:
         """Take the weights and the history of a checkpoint. Raises ConfigError if its stages so far were others."""
-        refuse_other_plan(checkpoint, self.stages, None if self.changed else self.seed)
+        with readable_state(checkpoint):
+            refuse_other_plan(checkpoint, self.stages, None if self.changed else self.seed)
+            self.history = [StageSummary.from_plain(values) for values in checkpoint.state["history"]]
         self.parts.load_adapter(checkpoint.path)
-        self.history = [StageSummary.from_plain(values) for values in checkpoint.state["history"]]
         self.last_checkpoint = checkpoint.path
 
     def restore_generators(self, checkpoint: Checkpoint) -> None:
@@ -187,6 +189,20 @@ class RunState:
         for plan, summary in zip(self.stages, history, strict=False):
             steps |= {summary.best_step, plan.first_step + summary.steps}
         return {f"step_{step:06d}" for step in steps if step is not None}
+
+
+@contextmanager
+def readable_state(checkpoint: Checkpoint) -> Iterator[None]:
+    """Turn what a checkpoint's state lacks, or holds in another form, into a DataError: its checksums only say that it
+    is as somebody wrote it."""
+    try:
+        yield
+    except (KeyError, TypeError, ValueError, LookupError, AttributeError, ArithmeticError, RuntimeError) as error:
+        reason = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
+        raise DataError(
+            f"checkpoint {checkpoint.path} holds a state that this program did not write ({reason[:200]}); take"
+            " another, or init_from= for its weights alone"
+        ) from error
 
 
 PLACE = ("name", "index", "first_step")  # what a checkpoint cannot do without

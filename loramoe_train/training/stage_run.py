@@ -30,7 +30,7 @@ from loramoe_train.training.outcome import StepResult, Unread
 from loramoe_train.training.parts import AuxTerm
 from loramoe_train.training.routing_stats import RoutingStats
 from loramoe_train.training.routing_watch import alarms
-from loramoe_train.training.run_state import RunState, StageState
+from loramoe_train.training.run_state import RunState, StageState, readable_state
 from loramoe_train.training.sharding import shard_base, shares
 from loramoe_train.training.signals import StopSignals
 from loramoe_train.training.stages import StagePlan
@@ -345,13 +345,14 @@ class StageRun:
 
     def restore(self, checkpoint: Checkpoint) -> None:
         """Continue where a checkpoint left this stage; the adapter is loaded already."""
-        self.state = StageState.from_plain(checkpoint.state["stage_state"])
-        self.routing_stats.load_state(checkpoint.tensors("routing_window"))
-        optimizer = checkpoint.tensors("optimizer")
-        load_optimizer_tensors(self.optimizer, self.names, optimizer, checkpoint.state["optimizer"])
-        stored = checkpoint.tensors("anchors")
-        self.anchors = {name: stored[name].to(self.run.accelerator.device) for name in self.anchors}
-        self.run.restore_generators(checkpoint)
+        with readable_state(checkpoint), memory_errors("restoring a checkpoint"):
+            self.state = StageState.from_plain(checkpoint.state["stage_state"])
+            self.routing_stats.load_state(checkpoint.tensors("routing_window"))
+            optimizer = checkpoint.tensors("optimizer")
+            load_optimizer_tensors(self.optimizer, self.names, optimizer, checkpoint.state["optimizer"])
+            stored = checkpoint.tensors("anchors")
+            self.anchors = {name: stored[name].to(self.run.accelerator.device) for name in self.anchors}
+            self.run.restore_generators(checkpoint)
 
 
 def _aux_line(term: AuxTerm, mean: float) -> dict[str, float]:
