@@ -132,8 +132,7 @@ def fault(path: Path) -> str | None:
             return f"its format is {_shown(manifest['format'])}, this program reads {FORMAT}"
         for name, facts in files.items():
             plain = PurePosixPath(name)
-            inside = (path / name).resolve() == path.resolve() / plain  # no link on the way either
-            if plain.is_absolute() or ".." in plain.parts or not inside:
+            if plain.is_absolute() or ".." in plain.parts or not _lies_inside(path, plain):
                 return f"its manifest names {_shown(name)}, which is not a plain file inside it"
             file = path / name
             if not file.is_file():
@@ -155,6 +154,14 @@ def fault(path: Path) -> str | None:
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         return f"its {MANIFEST} cannot be read ({type(error).__name__})"
     return None
+
+
+def _lies_inside(folder: Path, name: PurePosixPath) -> bool:
+    """Whether the way to a file has no link in it."""
+    try:
+        return (folder / name).resolve() == folder.resolve() / name
+    except (OSError, RuntimeError):  # links that lead in a circle
+        return False
 
 
 def _shown(value: Any, form: Callable[[Any], str] = repr) -> str:
