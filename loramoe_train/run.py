@@ -322,7 +322,7 @@ def finish(config: RunConfig, run_dir: Path, outcome: dict[str, Any], seconds: f
 
 
 def _written(place: Path) -> AbstractContextManager[None]:
-    return write_errors(str(place), "nothing that was trained is lost; make room, and give the same command again")
+    return write_errors(str(place), "nothing that was trained is lost; make room, and continue with resume=auto")
 
 
 def _recipe() -> dict[str, Any]:
