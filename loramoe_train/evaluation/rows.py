@@ -2,6 +2,7 @@
 
 import gzip
 import json
+import zlib
 from collections.abc import Iterator, Sequence
 from itertools import islice
 from pathlib import Path
@@ -44,7 +45,7 @@ def _rows(path: Path, columns: Sequence[str]) -> Iterator[dict[str, Any]]:
             for number, line in enumerate(lines, start=1):
                 if line.strip():
                     yield _row(line, columns, f"{path}:{number}")
-        except (OSError, EOFError, UnicodeDecodeError) as error:
+        except (OSError, EOFError, UnicodeDecodeError, zlib.error) as error:
             raise DataError(f"{path} cannot be read: {error}") from None
 
 
@@ -59,6 +60,8 @@ def _row(line: str, columns: Sequence[str], where: str) -> dict[str, Any]:
         row = json.loads(line)
     except json.JSONDecodeError as error:
         raise DataError(f"{where}: not valid JSON ({error.msg}, column {error.colno})") from None
+    except (ValueError, RecursionError) as error:  # a number of thousands of digits; nested without end
+        raise DataError(f"{where}: not JSON that can be read ({str(error)[:100]})") from None
     if not isinstance(row, dict):
         raise DataError(f"{where}: expected a JSON object with the columns {', '.join(columns)}")
     missing = [column for column in columns if column not in row]
