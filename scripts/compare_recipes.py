@@ -82,13 +82,12 @@ def log(run: Path) -> list[dict[str, Any]]:
 
 
 def read(run: Path) -> dict[str, Any]:
-    """Scores by benchmark (per cent), largest resident set in MiB and commit of one finished run."""
+    """Scores by benchmark (per cent), and largest resident set in MiB of one finished run."""
     results = json.loads((run / "results.json").read_text(encoding="utf-8"))
     return {
         "tuned": {name: 100 * score["tuned"] for name, score in results["scores"].items()},
         "base": {name: 100 * score["base"] for name, score in results["scores"].items() if score["base"] is not None},
         "mib": max(entry["timing"]["memory_gib"] for entry in log(run) if entry["kind"] == "train") * 1024,
-        "commit": results["commit"],
     }
 
 
@@ -126,8 +125,15 @@ def table(runs: Path, recipes: Iterable[str], seeds: Sequence[int], rounds: int)
         ratios = [f"{statistics.median(fast):.2f}" if fast else "", f"{memory:.2f}"]
         counts = [f"{number:,}" for number in parameters(runs / recipe / str(seeds[0]))]
         lines.append("| " + " | ".join([f"`{recipe}`", *scores, means, *counts, *ratios]) + " |")
-    commits = sorted({read(runs / recipe / str(seed))["commit"] for recipe in recipes for seed in seeds})
-    return "\n".join([*lines, "", f"Commit {', '.join(str(commit)[:12] for commit in commits)}; seeds {list(seeds)}."])
+    short = [run for places in speed_runs(runs, recipes, rounds) for run in places.values()]
+    made = _commits([runs / recipe / str(seed) for recipe in recipes for seed in seeds])
+    timed = f", speed {_commits(short)}" if short else ""
+    return "\n".join([*lines, "", f"Commit {made}{timed}; seeds {', '.join(map(str, seeds))}."])
+
+
+def _commits(runs: Iterable[Path]) -> str:
+    found = {json.loads((run / "results.json").read_text(encoding="utf-8"))["commit"] for run in runs}
+    return ", ".join(sorted(str(commit)[:12] for commit in found))
 
 
 def speed_runs(runs: Path, recipes: Iterable[str], rounds: int) -> list[dict[str, Path]]:
