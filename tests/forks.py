@@ -117,6 +117,8 @@ def _child(
     assert os.getppid() != starter, "this was not forked from the server"
     assert len(os.listdir(f"/proc/{os.getppid()}/task")) == 1, "a thread was alive in the server"
     torch.set_num_threads(1)
+    for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2):
+        assert signal.getsignal(number) is signal.SIG_DFL, f"whoever runs the tests ignores {number.name}"
     os.environ.update(environment)
     os.chdir(cwd)
     job(*given)

@@ -6,6 +6,7 @@ import time
 import pytest
 
 from loramoe_train.cli import _guard, chosen_losses, normalised, ordered
+from loramoe_train.training.signals import STOP_SIGNALS
 from tests.cli import run_cli
 
 RECIPE = "+recipe=lora_mixer"
@@ -110,11 +111,12 @@ def test_a_folder_that_is_no_run_is_not_overwritten(tmp_path):
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 75), (signal.SIGINT, 130)])
 def test_a_signal_outside_the_training_loop(number, code, capsys):
-    previous = signal.getsignal(signal.SIGTERM)
+    previous = {each: signal.getsignal(each) for each in STOP_SIGNALS}
     try:
         with pytest.raises(SystemExit) as stopped:
             _guard(lambda: signal.raise_signal(number))
-    finally:
-        signal.signal(signal.SIGTERM, previous)
+    finally:  # a process that leaves ignores them, and what this one starts would inherit that
+        for each, handler in previous.items():
+            signal.signal(each, handler)
     assert stopped.value.code == code
     assert capsys.readouterr().err.startswith("loramoe: ")
