@@ -12,7 +12,7 @@ import yaml
 
 from loramoe_train.errors import ConfigError, DataError, MissingFileError, nearest
 from loramoe_train.files import write_bytes
-from loramoe_train.schema.run import RunConfig
+from loramoe_train.schema.run import RunConfig, defaults
 from loramoe_train.trust import refuse_outside_links
 
 RESOLVED, RESULTS = "config.resolved.yaml", "results.json"
@@ -129,6 +129,8 @@ def _refuse_changes(stored: dict[str, Any], config: RunConfig, where: Path) -> N
     for name in config.resume_changes:
         if not any(_within(key, name) for key in before.keys() | now.keys()):
             raise ConfigError(f"resume_changes names '{name}', which is no key{nearest(name, now)}")
+    # a run of an older version stored no value for what is new, and did what the default does
+    before = {**{key: value for key, value in flatten(defaults()).items() if key in now}, **before}
     differing = [key for key in sorted(before.keys() | now.keys()) if before.get(key) != now.get(key)]
     changed = [key for key in differing if not any(_within(key, name) for name in (*FREE, *config.resume_changes))]
     if changed:

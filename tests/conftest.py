@@ -31,7 +31,7 @@ CORPUS = [
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption("--nightly", action="store_true", help="also run the long forms of tests, for an hour or so")
+    parser.addoption("--nightly", action="store_true", help="also run the long forms of tests")
 
 
 # with the longest tests: one that begins last leaves the other processes idle

@@ -5,9 +5,10 @@ from pathlib import Path
 
 import pytest
 import torch
+import yaml
 
 from loramoe_train.errors import ConfigError
-from loramoe_train.rundir import check_places, claim
+from loramoe_train.rundir import RESOLVED, check_places, claim
 from loramoe_train.schema.run import RunConfig
 from loramoe_train.training.checkpoint import find_latest
 from tests.composing import composed
@@ -46,6 +47,16 @@ def test_named_keys_may_differ(begun):
     assert claim(begun, changed) is False
     with pytest.raises(ConfigError, match=r"seed=0 \(it was 4\)"):  # what was changed once is what counts from now on
         claim(begun, config(begun, "resume=auto", "trainer.lr=0.01"))
+
+
+def test_a_run_of_an_older_version(begun):
+    """Keys that it did not know count as their defaults."""
+    stored = yaml.safe_load((begun / RESOLVED).read_text())
+    del stored["trainer"]["max_skipped_steps"], stored["trainer"]["parallel"], stored["resume_changes"]
+    (begun / RESOLVED).write_text(yaml.safe_dump(stored))
+    with pytest.raises(ConfigError, match=r"trainer\.max_skipped_steps=2 \(it was 0\)"):
+        claim(begun, config(begun, "resume=auto", "trainer.max_skipped_steps=2"))
+    assert claim(begun, config(begun, "resume=auto")) is False
 
 
 def test_a_name_that_is_no_key(begun):
