@@ -45,6 +45,12 @@ def printable(text: str) -> str:
     return text
 
 
+def shown(value: object, limit: int = 60) -> str:
+    """A value inside a message: printable, cut to `limit` characters."""
+    text = printable(str(value))
+    return text if len(text) <= limit else text[: limit - 3] + "..."
+
+
 class ConfigError(LoramoeError):
     """A key, value or combination of the configuration is wrong."""
 

@@ -194,7 +194,7 @@ def build_routed(config: RunConfig, domains: Sequence[str], *, device: Any) -> R
     wanted = plan_sites(config, shapes, domains, imported)
     feed_forwards(config, shapes, wanted)
     check_fit(config, wanted, shapes)
-    model = load_model(config.model, device=device)
+    model = load_model(config.model, device=device, shapes=shapes)
     plan = plan_sites(config, model, domains, imported)
     routed = attach(config, model, plan, num_domains=len(domains), adapters=imported)
     try_blocks(routed.blocks.values())
@@ -207,8 +207,9 @@ def rebuild(config: RunConfig, folder: Path, manifest: dict[str, Any], *, device
     check_same_base(manifest["base"], identity, f"adapter={folder}")
     # nothing is made in a size that only the manifest claims
     adapter_files.check_stored(folder, plan)
-    check_sites(meta_model(config.model), plan, f"{folder / adapter_files.MANIFEST}")
-    model = load_model(config.model, device=device)
+    shapes = meta_model(config.model)
+    check_sites(shapes, plan, f"{folder / adapter_files.MANIFEST}")
+    model = load_model(config.model, device=device, shapes=shapes)
     mixture = {"num_domains": len(manifest["domains"]), "num_tasks": len(manifest["tasks"])}
     routed = attach(config, model, plan, **mixture)
     routed.context.mode = list(config.trainer.stages.values())[-1].routing  # as it was evaluated after training

@@ -74,7 +74,7 @@ def check_claim(run_dir: Path, config: RunConfig) -> None:
             raise ConfigError(
                 f"run_dir={run_dir} holds another run; resume=auto continues it, another run_dir starts a new one"
             )
-        return _check_same(run_dir / RESOLVED, config)
+        return _refuse_changes(read_resolved(run_dir / RESOLVED), config, run_dir)
     for name in OUTPUTS:
         if (run_dir / name).exists():
             raise ConfigError(
@@ -118,10 +118,6 @@ def _check_same_as_checkpoint(path: Path, config: RunConfig) -> None:
         return
     if isinstance(stored, dict):
         _refuse_changes({**stored, "init_from": config.init_from}, config, path)  # which adapters do not store
-
-
-def _check_same(stored: Path, config: RunConfig) -> None:
-    _refuse_changes(read_resolved(stored), config, stored.parent)
 
 
 def _refuse_changes(stored: dict[str, Any], config: RunConfig, where: Path) -> None:

@@ -9,7 +9,7 @@ from typing import Any, get_args, get_origin
 
 from pydantic import BaseModel, ValidationError
 
-from loramoe_train.errors import ConfigError, nearest
+from loramoe_train.errors import ConfigError, nearest, shown
 from loramoe_train.experts.layouts import expand_layout, per_layer
 from loramoe_train.parts import check_part, takes
 from loramoe_train.schema.run import RunConfig
@@ -34,7 +34,7 @@ def _one_line(error: ValidationError) -> str:
     location = [str(part) for part in first["loc"]]
     key, more = ".".join(location), f" (and {others} more)" if others else ""
     if first["type"] == "extra_forbidden":
-        return f"unknown key {key}={_shown(first['input'])}{nearest(location[-1], _fields_at(location[:-1]))}{more}"
+        return f"unknown key {key}={shown(first['input'])}{nearest(location[-1], _fields_at(location[:-1]))}{more}"
     if first["type"] == "missing" and location[0] == "aux_loss" and location[-1] == "make":
         name = ".".join(location[:-1])
         return f"{name} has no make: no auxiliary loss of that name is chosen; e.g. aux_loss=[load_balance]{more}"
@@ -45,13 +45,8 @@ def _one_line(error: ValidationError) -> str:
         expected = str(first["ctx"]["expected"]).replace("'", "").replace(" or ", ", ").split(", ")
         message = f"must be one of {', '.join(expected)}{nearest(str(first['input']), expected).split('; known')[0]}"
     if first["type"] == "list_type":
-        message = f"must be a list; write {key}=[{_shown(first['input'])}]"
-    return f"{key}={_shown(first['input'])}: {message}{more}"
-
-
-def _shown(value: object) -> str:
-    text = str(value)
-    return text if len(text) <= 60 else text[:57] + "..."
+        message = f"must be a list; write {key}=[{shown(first['input'])}]"
+    return f"{key}={shown(first['input'])}: {message}{more}"
 
 
 def _fields_at(location: list[str]) -> list[str]:
@@ -127,23 +122,23 @@ def check_layout(
             mixture = {"num_domains": len(domains), "num_tasks": len(config.data.tasks)}
             counts = expand_layout(experts.layout, num_layers, **mixture)
     except ValueError as error:
-        raise ConfigError(f"experts.layout={_shown(experts.layout)} {error}") from error
+        raise ConfigError(f"experts.layout={shown(experts.layout)} {error}") from error
     if trains_base(config):
         _check_base_trains(config, counts)
     ranks = _per_layer("experts.rank", experts.rank, num_layers)
     chosen = None if top_k is None else _per_layer("router.top_k", top_k, num_layers)
     if min(ranks) < 1:
-        raise ConfigError(f"experts.rank={_shown(experts.rank)}: a rank must be at least 1")
+        raise ConfigError(f"experts.rank={shown(experts.rank)}: a rank must be at least 1")
     if config.router.make is not None and chosen is not None:
         for layer, (count, k) in enumerate(zip(counts, chosen, strict=True)):
             if count and not 1 <= k <= count:
                 raise ConfigError(
                     f"router.top_k={k} does not fit layer {layer}, which has {count} expert{'s'[: count != 1]};"
-                    f" give at most {count}, or more experts (experts.layout={_shown(experts.layout)})"
+                    f" give at most {count}, or more experts (experts.layout={shown(experts.layout)})"
                 )
     if config.router.make is None and max(counts) > 1 and not _hard_only(config):
         raise ConfigError(
-            f"experts.layout={_shown(experts.layout)} gives a layer {max(counts)} experts, but router.scope=none"
+            f"experts.layout={shown(experts.layout)} gives a layer {max(counts)} experts, but router.scope=none"
             " chooses nothing; use experts.layout=1 or a router"
         )
     return counts, ranks, chosen
@@ -158,7 +153,7 @@ def _check_base_trains(config: RunConfig, counts: list[int]) -> None:
             )
         if stage.train != ["base"]:
             raise ConfigError(
-                f"trainer.stages.{name}.train={_shown(stage.train)}: experts.layout=0 leaves the base alone to train;"
+                f"trainer.stages.{name}.train={shown(stage.train)}: experts.layout=0 leaves the base alone to train;"
                 " set train=[base]"
             )
     if config.router.make is not None:
@@ -176,7 +171,7 @@ def _per_layer(key: str, value: int | list[int], num_layers: int) -> list[int]:
     try:
         return per_layer(value, num_layers)
     except ValueError as error:
-        raise ConfigError(f"{key}={_shown(value)} {error}") from error
+        raise ConfigError(f"{key}={shown(value)} {error}") from error
 
 
 def _hard_only(config: RunConfig) -> bool:

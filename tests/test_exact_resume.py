@@ -9,6 +9,8 @@ from loramoe_train.training.checkpoint import checkpoint_path
 from tests.recipe_runs import differing, get_ready, short_run
 from tests.training.test_resume import log
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 # several micro-batches a step, examples packed into rows, dropout, jitter, a mixture that changes on the way, adapters
 # that are pulled back, evaluations and lines of the log that fall between checkpoints
 EVERYTHING = (
@@ -32,25 +34,20 @@ EVERYTHING = (
 
 
 def test_every_checkpoint_leads_to_the_same_end(tmp_path: Path) -> None:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)  # bits depend on how sums are split among threads
-    try:
-        config = short_run("lora_mixer", tmp_path, *EVERYTHING)
-        whole = get_ready(config)
-        whole.train(tmp_path / "whole")
-        expected, lines = whole.weights(), log(tmp_path / "whole")
-        checkpoints = [checkpoint_path(tmp_path / "whole", step) for step in range(1, 6)]
-        assert all(path.is_dir() for path in checkpoints)
-        for path in checkpoints:
-            torch.manual_seed(11)  # whatever happened in between
-            again, run_dir = get_ready(config), tmp_path / path.name
-            run_dir.mkdir()
-            (run_dir / "metrics.jsonl").write_bytes((tmp_path / "whole" / "metrics.jsonl").read_bytes())
-            again.train(run_dir, resume=path)
-            assert differing(expected, again.weights()) == [], path.name
-            assert log(run_dir) == lines, path.name
-    finally:
-        torch.set_num_threads(before)
+    config = short_run("lora_mixer", tmp_path, *EVERYTHING)
+    whole = get_ready(config)
+    whole.train(tmp_path / "whole")
+    expected, lines = whole.weights(), log(tmp_path / "whole")
+    checkpoints = [checkpoint_path(tmp_path / "whole", step) for step in range(1, 6)]
+    assert all(path.is_dir() for path in checkpoints)
+    for path in checkpoints:
+        torch.manual_seed(11)  # whatever happened in between
+        again, run_dir = get_ready(config), tmp_path / path.name
+        run_dir.mkdir()
+        (run_dir / "metrics.jsonl").write_bytes((tmp_path / "whole" / "metrics.jsonl").read_bytes())
+        again.train(run_dir, resume=path)
+        assert differing(expected, again.weights()) == [], path.name
+        assert log(run_dir) == lines, path.name
 
 
 @pytest.mark.parametrize("change", ["router.make.jitter=0.2", "data.packing=false"])

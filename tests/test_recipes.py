@@ -31,13 +31,7 @@ from tests.training.test_parallel import check_close
 every_recipe = pytest.mark.parametrize("recipe", RECIPE_NAMES)
 
 
-@pytest.fixture(scope="module", autouse=True)
-def _one_thread() -> Iterator[None]:
-    """Bits depend on how sums are split among threads."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @dataclass(frozen=True)

@@ -156,50 +156,6 @@ def test_soft_routing_trains_every_router_at_every_site(kind):
     assert torch.isfinite(value)
 
 
-def test_right_padding_changes_neither_logits_nor_losses():
-    model, config = build("llama")
-    routed = route(model, config)
-    stir(routed)
-    model.train()
-    ids = ids_of(rows=1, length=5)
-    padded = torch.cat([ids, torch.zeros(1, 7, dtype=torch.long)], dim=1)
-    valid = torch.arange(12).view(1, -1) < 5
-    (term,) = build_aux(config, routed.plan).values()
-    results = []
-    for tokens, mask in ((ids, torch.ones(1, 5, dtype=torch.bool)), (padded, valid)):
-        given = facts(tokens, [0], mask)
-        with routed.context.open(given) as records:
-            logits = model(tokens, attention_mask=mask.long(), use_cache=False).logits[:, :5]
-            loss = term.loss(records, given, term.loss.statistics(records, given))
-            results.append(
-                (logits, loss, torch.autograd.grad(loss, routed.layers[next(iter(routed.plan))].router.score.weight)[0])
-            )
-    for one, other in zip(*results, strict=True):
-        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-6)
-
-
-def test_gradient_checkpointing_changes_no_gradient():
-    grads = []
-    for checkpointing in (False, True):
-        model, config = build("llama")
-        routed = route(model, config)
-        stir(routed)
-        model.train()
-        if checkpointing:
-            model.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})
-        ids = ids_of()
-        (term,) = build_aux(config, routed.plan).values()
-        given = facts(ids)
-        with routed.context.open(given) as records:
-            loss = model(ids, use_cache=False).logits.square().mean()
-            loss = loss + 100 * term.loss(records, given, term.loss.statistics(records, given))
-            loss.backward()
-        grads.append([p.grad for group in routed.groups.values() for p in group.values()])
-    for one, other in zip(*grads, strict=True):
-        assert one.abs().sum() > 0
-        torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-7)
-
-
 def make_peft(base, folder: Path, seed: int, **changes) -> Path:
     settings = {"r": 4, "lora_alpha": 8, "target_modules": ["q_proj", "v_proj"], "task_type": "CAUSAL_LM"} | changes
     torch.manual_seed(seed)
@@ -296,27 +252,6 @@ def test_saved_and_loaded_it_gives_the_same_logits(kind, tmp_path):
     load_weights(again.tensors(), read_weights(tmp_path, manifest), "x")
     with torch.no_grad():
         assert torch.equal(again.model.eval()(ids, use_cache=False).logits, expected)
-
-
-def test_train_evaluate_generate_train_leaves_everything_as_it_was():
-    model, config = build("llama")
-    routed = route(model, config)
-    stir(routed)
-    ids = ids_of()
-    frozen = {name: p.requires_grad for name, p in model.named_parameters()}
-    with routed.context.override("off"), torch.no_grad():
-        off = model(ids).logits
-    for _ in range(2):
-        model.train()
-        with routed.context.open(facts(ids)):
-            model(ids, use_cache=False).logits.mean().backward()
-        model.eval()
-        with torch.no_grad():
-            model.generate(ids, max_new_tokens=2, do_sample=False)
-            with routed.context.override("off"):
-                assert torch.equal(model(ids).logits, off)
-    assert {name: p.requires_grad for name, p in model.named_parameters()} == frozen
-    assert not routed.context.is_open and routed.context.mode == "learned"
 
 
 def test_bf16_base_with_float32_experts():

@@ -83,7 +83,7 @@ def case_of(made: Made, base: torch.nn.Module, number: int | None) -> Case:
     return Case(copy.deepcopy(base), tensors, *rows, domains, experts.rank, experts.alpha, adapters, number)
 
 
-def compare(recipe: str, kind: str, folder, *overrides: str) -> None:
+def assert_is_as_written(recipe: str, kind: str, folder, *overrides: str) -> None:
     """Fail where the recipe, with overrides, is not its twin."""
     twin = twin_of(recipe)
     base = KINDS[kind].make(**SHAPES[kind]).double()
@@ -159,7 +159,7 @@ def check_rates(made: Made, twin: Twin) -> None:
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("recipe", RECIPE_NAMES)
 def test_a_recipe_is_what_its_paper_says(recipe, kind, tmp_path):
-    compare(recipe, kind, tmp_path)
+    assert_is_as_written(recipe, kind, tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -194,7 +194,7 @@ def test_a_recipe_is_what_its_paper_says(recipe, kind, tmp_path):
 )
 def test_a_wrong_recipe_is_found_out(recipe, change, tmp_path):
     with pytest.raises((AssertionError, KeyError)):
-        compare(recipe, "llama", tmp_path, change)
+        assert_is_as_written(recipe, "llama", tmp_path, change)
 
 
 def test_a_recipe_without_a_twin_is_told_where_to_write_one():

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from loramoe_train.errors import ConfigError, DataError, MissingFileError
+from loramoe_train.errors import ConfigError, DataError, MissingFileError, shown
 from loramoe_train.experts.linear import ExpertLinear
 from loramoe_train.experts.plan import ExpertSpec
 from loramoe_train.experts.sites import Site
@@ -126,20 +126,15 @@ def _check_spec(spec: ExpertSpec) -> None:
     site, ranks, scales = spec.site, spec.ranks, spec.scales
     whole = [site.layer, *ranks, *(() if spec.top_k is None else (spec.top_k - 1,))]
     if not all(type(number) is int and number >= 0 for number in whole):
-        raise ValueError(f"{site.name!r}: layer, ranks and top_k must be whole numbers, got {_shown(whole)}")
+        raise ValueError(f"{site.name!r}: layer, ranks and top_k must be whole numbers, got {shown(whole)}")
     if not all(type(number) is int and number > 0 for number in (site.in_features, site.out_features)):
         raise ValueError(f"{site.name!r}: its sizes must be whole numbers above 0")
     if not all(type(number) in (int, float) and math.isfinite(number) for number in scales):
-        raise ValueError(f"{site.name!r}: its scales must be numbers, got {_shown(scales)}")
+        raise ValueError(f"{site.name!r}: its scales must be numbers, got {shown(scales)}")
     if not 0 < len(ranks) <= MAX_EXPERTS or len(ranks) != len(scales):
         raise ValueError(f"{site.name!r}: {len(ranks)} ranks and {len(scales)} scales; one each for every expert")
     if not isinstance(site.name, str) or not isinstance(site.kind, str):
         raise ValueError(f"{site.name!r}: names must be text")
-
-
-def _shown(value: object) -> str:
-    text = str(value)
-    return text if len(text) <= 60 else text[:57] + "..."
 
 
 def check_stored(folder: Path, plan: Mapping[str, ExpertSpec]) -> None:

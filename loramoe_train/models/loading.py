@@ -27,11 +27,13 @@ SPARE = 1 << 28  # numbers: buffers such as masks and rotary tables are not stor
 UNQUANTISED = {kind: ["dt_proj", "lm_head"] for kind in ("mamba", "falcon_mamba", "jamba")}
 
 
-def load_model(config: ModelConfig, *, device: torch.device | str | None = None) -> "PreTrainedModel":
+def load_model(
+    config: ModelConfig, *, device: torch.device | str | None = None, shapes: nn.Module | None = None
+) -> "PreTrainedModel":
     """The base in evaluation mode on `device` (default: the CPU), frozen, in `config.dtype` and quantisation.
 
     `use_cache` of its config stays on, for generation; a training step passes `use_cache=False`. Gradient checkpointing
-    is non-reentrant and takes effect in training mode.
+    is non-reentrant and takes effect in training mode. `shapes`: what `meta_model` made, where it is at hand.
 
     Raises MissingFileError (absent files), DataError (damaged or incomplete weights), ConfigError (what this model or
     this installation cannot do).
@@ -42,7 +44,7 @@ def load_model(config: ModelConfig, *, device: torch.device | str | None = None)
     _check_model_type(config, architecture)
     arguments = _precision_arguments(config, architecture)
     source = check_weights(config)
-    _check_size(config, source)
+    _check_size(config, source, meta_model(config) if shapes is None else shapes)
     arguments |= _source_arguments(config, source)
     if device is not None:
         arguments["device_map"] = {"": torch.device(device)}
@@ -143,13 +145,12 @@ def check_weights(config: ModelConfig) -> Path | str:
     return source
 
 
-def _check_size(config: ModelConfig, source: Path | str) -> None:
+def _check_size(config: ModelConfig, source: Path | str, shapes: nn.Module) -> None:
     """Raise DataError where config.json describes far more than the files hold: gaps are filled before they are
     reported, and would be made in whatever size it says."""
     if not isinstance(source, Path):
         return
     held = sum(path.stat().st_size for path in weight_files(source, config.gguf_file))
-    shapes = meta_model(config)
     described = sum(t.numel() for t in (*shapes.parameters(), *shapes.buffers()))
     if described > NUMBERS_PER_BYTE * held + SPARE:
         raise DataError(

@@ -24,7 +24,7 @@ from typing import Any
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from loramoe_train.errors import LoramoeError, MissingFileError
+from loramoe_train.errors import LoramoeError, MissingFileError, shown
 from loramoe_train.files import read_json, sha256, sync, write_errors, write_json
 
 FOLDER, MANIFEST, STATE = "checkpoints", "MANIFEST.json", "state"
@@ -129,26 +129,26 @@ def fault(path: Path) -> str | None:
         manifest = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
         files = manifest["files"]
         if manifest["format"] != FORMAT:
-            return f"its format is {_shown(manifest['format'])}, this program reads {FORMAT}"
+            return f"its format is {shown(manifest['format'])}, this program reads {FORMAT}"
         for name, facts in files.items():
             plain = PurePosixPath(name)
             if plain.is_absolute() or ".." in plain.parts or not _lies_inside(path, plain):
-                return f"its manifest names {_shown(name)}, which is not a plain file inside it"
+                return f"its manifest names {shown(repr(name), 100)}, which is not a plain file inside it"
             file = path / name
             if not file.is_file():
-                return f"{_shown(name, str)} is missing"
+                return f"{shown(name, 100)} is missing"
             if file.stat().st_size != facts["bytes"]:
-                return f"{_shown(name, str)} has {file.stat().st_size} bytes instead of {_shown(facts['bytes'])}"
+                return f"{shown(name, 100)} has {file.stat().st_size} bytes instead of {shown(facts['bytes'])}"
             if sha256(file) != facts["sha256"]:
-                return f"{_shown(name, str)} does not match its checksum"
+                return f"{shown(name, 100)} does not match its checksum"
         # what would be read must have been checked
         wanted = [TRAINER, ADAPTER, *sorted(file.relative_to(path).as_posix() for file in path.rglob("*.safetensors"))]
         unlisted = [name for name in wanted if name not in files]
         if unlisted:
-            return f"{_shown(unlisted[0], str)} is not in its manifest"
+            return f"{shown(unlisted[0], 100)} is not in its manifest"
         # a copy may have any name
         if step_of(path.with_suffix("")) not in (-1, manifest["step"]):
-            return f"its manifest is of step {_shown(manifest['step'])}"
+            return f"its manifest is of step {shown(manifest['step'])}"
     except FileNotFoundError:
         return f"it has no {MANIFEST}"
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
@@ -162,12 +162,6 @@ def _lies_inside(folder: Path, name: PurePosixPath) -> bool:
         return (folder / name).resolve() == folder.resolve() / name
     except (OSError, RuntimeError):  # links that lead in a circle
         return False
-
-
-def _shown(value: Any, form: Callable[[Any], str] = repr) -> str:
-    """Part of a message of one line: a damaged manifest may hold anything."""
-    text = form(value)
-    return text if text.isprintable() and len(text) <= 100 else f"{repr(text[:100])}..."
 
 
 def find_latest(run_dir: Path, *, on_skip: Callable[[str], None] = lambda message: None) -> Path | None:

@@ -30,9 +30,9 @@ def alarms(line: Mapping[str, Any], watch: WatchConfig) -> tuple[str, ...]:
             dead[site] = f"{site}: {', '.join(map(str, facts['dead']))}"
     found = []
     if collapsed:
-        found.append(f"the routers of {len(collapsed)} sites have collapsed onto one expert ({_some(collapsed)})")
+        found.append(f"the routers of {len(collapsed)} sites have collapsed onto one expert ({some_of(collapsed)})")
     if dead:
-        found.append(f"at {len(dead)} sites experts are dead: hardly a token uses them ({_some(dead)})")
+        found.append(f"at {len(dead)} sites experts are dead: hardly a token uses them ({some_of(dead)})")
     return tuple(found)
 
 
@@ -41,6 +41,7 @@ def entropy(load_E: Sequence[float]) -> float:
     return -sum(share * log(share) for share in load_E if share > 0) / log(len(load_E))
 
 
-def _some(sites: Mapping[str, str]) -> str:
+def some_of(sites: Mapping[str, str]) -> str:
+    """The first few of what is said about sites, and how many more there are."""
     more = f"; and {len(sites) - SITES_IN_WARNING} more sites" if len(sites) > SITES_IN_WARNING else ""
     return "; ".join(list(sites.values())[:SITES_IN_WARNING]) + more

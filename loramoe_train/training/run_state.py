@@ -83,7 +83,7 @@ class RunState:
     def restore(self, checkpoint: Checkpoint) -> None:
         """Take the weights and the history of a checkpoint. Raises ConfigError if its stages so far were others."""
         with readable_state(checkpoint):
-            refuse_other_plan(checkpoint, self.stages, None if self.changed else self.seed)
+            refuse_other_plan(checkpoint, self.stages, self.seed, changed=self.changed)
             self.history = [StageSummary.from_plain(values) for values in checkpoint.state["history"]]
         self.parts.load_adapter(checkpoint.path)
         self.last_checkpoint = checkpoint.path
@@ -197,7 +197,7 @@ def readable_state(checkpoint: Checkpoint) -> Iterator[None]:
     is as somebody wrote it."""
     try:
         yield
-    except (KeyError, TypeError, ValueError, LookupError, AttributeError, ArithmeticError, RuntimeError) as error:
+    except (LookupError, TypeError, ValueError, AttributeError, ArithmeticError, RuntimeError) as error:
         reason = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
         raise DataError(
             f"checkpoint {checkpoint.path} holds a state that this program did not write ({reason[:200]}); take"
@@ -208,15 +208,15 @@ def readable_state(checkpoint: Checkpoint) -> Iterator[None]:
 PLACE = ("name", "index", "first_step")  # what a checkpoint cannot do without
 
 
-def refuse_other_plan(checkpoint: Checkpoint, stages: tuple[StagePlan, ...], seed: int | None) -> None:
+def refuse_other_plan(checkpoint: Checkpoint, stages: tuple[StagePlan, ...], seed: int, *, changed: bool) -> None:
     """Raise ConfigError unless the stages up to the checkpoint's own, and the seed, are what they were.
 
     Args:
-        seed: None: it may be another, as may all of the stages but their places.
+        changed: the seed may be another, as may all of the stages but their places.
     """
     stored, index = checkpoint.state["stages"], checkpoint.state["stage"]
     cure = "set it back to resume, or use init_from to start from its weights"
-    if seed is not None and checkpoint.state["seed"] != seed:
+    if not changed and checkpoint.state["seed"] != seed:
         raise ConfigError(f"seed is {seed}, but checkpoint {checkpoint.path} has {checkpoint.state['seed']}; {cure}")
     if index >= len(stages):
         raise ConfigError(
@@ -225,7 +225,7 @@ def refuse_other_plan(checkpoint: Checkpoint, stages: tuple[StagePlan, ...], see
         )
     for before, now in zip(stored[: index + 1], [plan.plain() for plan in stages[: index + 1]], strict=True):
         for key, value in before.items():
-            if now.get(key) != value and (seed is not None or key in PLACE):
+            if now.get(key) != value and (not changed or key in PLACE):
                 raise ConfigError(
                     f"stage {before['name']} has {key}={now.get(key)}, but checkpoint {checkpoint.path} has {value}; "
                     f"{cure}"

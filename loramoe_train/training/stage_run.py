@@ -29,7 +29,7 @@ from loramoe_train.training.optim import (
 from loramoe_train.training.outcome import StepResult, Unread
 from loramoe_train.training.parts import AuxTerm
 from loramoe_train.training.routing_stats import RoutingStats
-from loramoe_train.training.routing_watch import alarms
+from loramoe_train.training.routing_watch import alarms, some_of
 from loramoe_train.training.run_state import RunState, StageState, readable_state
 from loramoe_train.training.sharding import shard_base, shares
 from loramoe_train.training.signals import StopSignals
@@ -37,8 +37,6 @@ from loramoe_train.training.stages import StagePlan
 from loramoe_train.training.step import TrainingStep
 from loramoe_train.training.summary import StageSummary
 from loramoe_train.training.validation import EvalResult, evaluate, improves
-
-SITES_IN_WARNING = 3
 
 
 class StageRun:
@@ -222,10 +220,9 @@ class StageRun:
         unmoved = unmoved_experts(self.run.parts.model, self.optimizer, self.run.parts.groups["experts"])
         if not unmoved:
             return ()
-        shown = [f"{site}: {', '.join(map(str, experts))}" for site, experts in unmoved.items()][:SITES_IN_WARNING]
-        more = f"; and {len(unmoved) - SITES_IN_WARNING} more sites" if len(unmoved) > SITES_IN_WARNING else ""
+        listed = {site: f"{site}: {', '.join(map(str, experts))}" for site, experts in unmoved.items()}
         count = sum(map(len, unmoved.values()))
-        return (f"{count} experts never moved: no gradient of the stage reached them ({'; '.join(shown)}{more})",)
+        return (f"{count} experts never moved: no gradient of the stage reached them ({some_of(listed)})",)
 
     # -- log -----------------------------------------------------------------------------------------------------------
 

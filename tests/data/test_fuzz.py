@@ -106,8 +106,8 @@ TOKENIZERS = {
 }
 
 
-def through(folder, made: tuple[str, bytes], task: dict, keep: str | None, tokenizer: str, packing: bool) -> None:
-    """Everything that training does with the file; what is wrong with it must be told as this program tells it."""
+def refusal(folder, made: tuple[str, bytes], task: dict, keep: str | None, tokenizer: str, packing: bool) -> str | None:
+    """Everything that training does with the file: None if it can be trained on, else what this program says."""
     ending, content = made
     path = folder / f"odd{ending}"
     path.write_bytes(content)
@@ -122,12 +122,17 @@ def through(folder, made: tuple[str, bytes], task: dict, keep: str | None, token
             for batch in step:
                 assert batch.num_supervised() > 0 and batch.input_ids.shape == batch.labels.shape
         event(f"{task['format']}: trained on")
+        return None
     except LoramoeError as error:
-        message = str(error)
         event(f"{task['format']}: refused")
-        assert f"odd{ending}" in message and message.isprintable() and len(message) < 2000, message
+        return str(error)
     finally:
         path.unlink()
+
+
+def is_one_line_about_it(message: str | None) -> bool:
+    """Of a refusal, if it is one."""
+    return message is None or ("odd." in message and message.isprintable() and len(message) < 2000)
 
 
 INPUTS = dict(
@@ -142,7 +147,8 @@ INPUTS = dict(
 @settings(max_examples=400, derandomize=True, **COMMON)
 @given(**INPUTS)
 def test_any_file_is_read_or_refused(tmp_path_factory, **given):
-    through(tmp_path_factory.getbasetemp(), **given)
+    message = refusal(tmp_path_factory.getbasetemp(), **given)
+    assert is_one_line_about_it(message), message
 
 
 @pytest.mark.nightly
@@ -150,10 +156,12 @@ def test_any_file_is_read_or_refused(tmp_path_factory, **given):
 @settings(max_examples=3_000, **COMMON)
 @given(**INPUTS)
 def test_very_many_files(tmp_path_factory, part, **given):
-    through(tmp_path_factory.getbasetemp(), **given)
+    message = refusal(tmp_path_factory.getbasetemp(), **given)
+    assert is_one_line_about_it(message), message
 
 
-def damaged_parquet(folder, place: int, new: bytes) -> None:
+def refusal_of_parquet(folder, place: int, new: bytes) -> str | None:
+    """The same for a parquet file in which some bytes are others."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 
@@ -172,8 +180,9 @@ def damaged_parquet(folder, place: int, new: bytes) -> None:
     try:
         mixture = build_mixture(config, TOKENIZERS["plain"])
         assert [mixture.example(0, row).name for row in range(len(mixture.tasks[0]))]
+        return None
     except LoramoeError as error:
-        assert "odd.parquet" in str(error) and str(error).isprintable()
+        return str(error)
 
 
 PARQUET = dict(place=st.integers(0, 4000), new=st.binary(min_size=1, max_size=8))
@@ -182,11 +191,13 @@ PARQUET = dict(place=st.integers(0, 4000), new=st.binary(min_size=1, max_size=8)
 @settings(max_examples=8, derandomize=True, **COMMON)
 @given(**PARQUET)
 def test_a_damaged_parquet_file(tmp_path_factory, **given):
-    damaged_parquet(tmp_path_factory.mktemp("parquet"), **given)
+    message = refusal_of_parquet(tmp_path_factory.mktemp("parquet"), **given)
+    assert is_one_line_about_it(message), message
 
 
 @pytest.mark.nightly
 @settings(max_examples=600, **COMMON)
 @given(**PARQUET)
 def test_very_many_damaged_parquet_files(tmp_path_factory, **given):
-    damaged_parquet(tmp_path_factory.mktemp("parquet"), **given)
+    message = refusal_of_parquet(tmp_path_factory.mktemp("parquet"), **given)
+    assert is_one_line_about_it(message), message

@@ -71,7 +71,7 @@ def some_weights(tokens, experts, most, dtype=torch.float64, seed=3):
     return w
 
 
-def compare_with_loop(form, ranks, tokens, most, dtype, tolerance=None, skewed=False, bounded=True):
+def assert_equals_loop(form, ranks, tokens, most, dtype, tolerance=None, skewed=False, bounded=True):
     bank = make_bank(ranks, form=form).to(dtype)
     base = nn.Linear(8, 12).to(dtype).requires_grad_(False)
     x = torch.randn(tokens, 8, dtype=dtype, requires_grad=True)
@@ -103,24 +103,24 @@ def compare_with_loop(form, ranks, tokens, most, dtype, tolerance=None, skewed=F
 @pytest.mark.parametrize("ranks", [(2,), (2, 2, 2), (1, 4, 0, 3), (4,) * 6])
 @pytest.mark.parametrize("tokens", [0, 1, 6])
 def test_equals_the_loop_in_values_and_gradients(form, ranks, tokens):
-    compare_with_loop(form, ranks, tokens, min(2, len(ranks)), torch.float64)
+    assert_equals_loop(form, ranks, tokens, min(2, len(ranks)), torch.float64)
 
 
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("rank", [4, 3])  # 3: not aligned, so the grouped form pads
 def test_equals_the_loop_in_float32(form, rank):
-    compare_with_loop(form, (rank,) * 6, 20, 2, torch.float32, tolerance={"rtol": 1e-5, "atol": 1e-5})
+    assert_equals_loop(form, (rank,) * 6, 20, 2, torch.float32, tolerance={"rtol": 1e-5, "atol": 1e-5})
 
 
 def test_equals_the_loop_where_the_number_of_experts_has_no_bound():
-    compare_with_loop("concatenated", (2, 2, 2), 6, 2, torch.float64, bounded=False)
-    compare_with_loop("concatenated", (1, 4, 0, 3), 6, 2, torch.float64, bounded=False)
+    assert_equals_loop("concatenated", (2, 2, 2), 6, 2, torch.float64, bounded=False)
+    assert_equals_loop("concatenated", (1, 4, 0, 3), 6, 2, torch.float64, bounded=False)
 
 
 @pytest.mark.parametrize(("experts", "most"), [(4, 1), (6, 2), (16, 3)])
 def test_equals_the_loop_when_most_tokens_go_to_few_experts(experts, most):
     """Then an expert has several blocks in the grouped form, and others have none of their tokens in theirs."""
-    compare_with_loop("grouped", (4,) * experts, 60, most, torch.float64, skewed=True)
+    assert_equals_loop("grouped", (4,) * experts, 60, most, torch.float64, skewed=True)
 
 
 @pytest.mark.parametrize("experts", [1, 3, 8])

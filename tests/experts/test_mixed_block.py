@@ -23,7 +23,7 @@ from loramoe_train.site_plan import feed_forwards, plan_sites
 from tests.composing import composed
 from tests.conftest import make_llama
 from tests.test_routed_model import facts, ids_of
-from tests.test_twins import compare
+from tests.test_twins import assert_is_as_written
 from tests.twins.blocks import Loops
 
 SMALL = ("model=smollm2_135m", "experts.rank=2", "experts.alpha=4", "experts.layout=4", "experts.dropout=0")
@@ -80,7 +80,7 @@ def probe(logits, valid):
 
 @pytest.mark.parametrize("form", ["concatenated", "grouped"])
 def test_either_form_is_what_the_paper_says(form, tmp_path):
-    compare("mixlora", "llama", tmp_path, f"experts.form={form}")
+    assert_is_as_written("mixlora", "llama", tmp_path, f"experts.form={form}")
 
 
 @pytest.mark.parametrize("mode", ["uniform", "by_domain", "off"])

@@ -216,4 +216,5 @@ def test_facts_are_read_without_torch(tmp_path: Path) -> None:
         "base_identity(config)\n"
         "assert not {'torch', 'transformers'} & sys.modules.keys()\n"
     )
-    subprocess.run([sys.executable, "-c", code], check=True)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr

@@ -1,9 +1,8 @@
 """One thread: tiny products gain nothing from two, and bits depend on how sums are split among threads."""
 
 import pytest
-import torch
 
 
-@pytest.fixture(scope="session", autouse=True)
-def one_thread() -> None:
-    torch.set_num_threads(1)
+@pytest.fixture(scope="module", autouse=True)
+def _one_thread(one_thread: None) -> None:
+    """For every test here."""
