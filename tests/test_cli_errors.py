@@ -9,8 +9,7 @@ import time
 import pytest
 
 from loramoe_train.cli import _guard, chosen_losses, normalised, ordered
-from loramoe_train.training.signals import STOP_SIGNALS
-from tests.cli import run_cli
+from tests.cli import command_in_this_process, run_cli
 from tests.conftest import ROOT
 
 RECIPE = "+recipe=lora_mixer"
@@ -133,12 +132,7 @@ def test_warnings_reach_the_screen(seeds, tmp_path):
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 75), (signal.SIGINT, 130)])
 def test_a_signal_outside_the_training_loop(number, code, capsys):
-    previous = {each: signal.getsignal(each) for each in STOP_SIGNALS}
-    try:
-        with pytest.raises(SystemExit) as stopped:
-            _guard(lambda: signal.raise_signal(number))
-    finally:  # a process that leaves ignores them, and what this one starts would inherit that
-        for each, handler in previous.items():
-            signal.signal(each, handler)
+    with command_in_this_process(), pytest.raises(SystemExit) as stopped:
+        _guard(lambda: signal.raise_signal(number))
     assert stopped.value.code == code
     assert capsys.readouterr().err.startswith("loramoe: ")
