@@ -26,6 +26,7 @@ from tests.cli import (
     same_bytes,
     start_cli,
 )
+from tests.conftest import make_falcon_mamba, write_base
 from tests.recipe_runs import write_adapters
 
 TASKS = ["tiny_math", "tiny_code", "tiny_facts", "tiny_grammar", "tiny_sentiment"]
@@ -276,19 +277,7 @@ def test_options_run_through(options, tmp_path):
 @pytest.mark.slow
 def test_a_state_space_model_trains_and_is_evaluated(tmp_path):
     """Recipe and data know nothing of the model: a random Falcon-Mamba beside the embedded tokenizer."""
-    from transformers import FalconMambaConfig, FalconMambaForCausalLM
-
-    from loramoe_train.paths import ASSETS
-
-    folder, tiny = tmp_path / "mamba", ASSETS / "tiny" / "model"
-    vocabulary = json.loads((tiny / "config.json").read_text())["vocab_size"]
-    shape = dict(hidden_size=32, num_hidden_layers=2, state_size=4, time_step_rank=4, conv_kernel=4)
-    torch.manual_seed(0)
-    FalconMambaForCausalLM(
-        FalconMambaConfig(vocab_size=vocabulary, pad_token_id=0, eos_token_id=1, bos_token_id=1, **shape)
-    ).save_pretrained(folder)
-    for name in ("tokenizer.json", "tokenizer_config.json"):
-        shutil.copy(tiny / name, folder / name)
+    folder = write_base(tmp_path / "mamba", make_falcon_mamba)
     options = ("model=falcon_mamba_7b", f"model.path={folder}", "model.dtype=float32", "experts.rank=2")
     train(
         tmp_path, tmp_path / "run", *MIXER, *options, "trainer.max_steps=4", "eval.limit=2", "eval.tasks=[tiny_facts]"
