@@ -6,7 +6,7 @@ from typing import Any
 
 from loramoe_train.evaluation import sandbox
 from loramoe_train.evaluation.check import Planned
-from loramoe_train.evaluation.pass_at_k import code_scoring
+from loramoe_train.evaluation.pass_at_k import assembler, code_scoring
 from loramoe_train.evaluation.rows import read_rows
 
 
@@ -18,7 +18,11 @@ def settings(planned: Planned) -> dict[str, Any]:
     if benchmark.generates:
         decided["generation_kwargs"] = {**benchmark.task["generation_kwargs"], "max_gen_toks": planned.new_tokens}
     if benchmark.executes_code:
-        decided |= code_scoring(sandbox.detect().run_all)
+        assert benchmark.code is not None
+        metric, filter_name = benchmark.headline.split(",")
+        assemble = assembler(benchmark.code, benchmark.task["doc_to_target"])
+        run = sandbox.detect().run_all
+        decided |= code_scoring(run, assemble=assemble, metric=metric, filter_name=filter_name)
     return decided
 
 

@@ -51,6 +51,14 @@ class Limits:
 
 
 @dataclass(frozen=True)
+class Program:
+    """Code that somebody else wrote, and the tests that it must pass: Python source."""
+
+    code: str
+    tests: str
+
+
+@dataclass(frozen=True)
 class Outcome:
     """How one program ended. Only "passed" means that it ran to its last line."""
 
@@ -93,11 +101,11 @@ class Sandbox:
                 return Outcome("passed", "", seconds)
             return Outcome(self._verdict(process.returncode, seconds), _last_line(output), seconds)
 
-    def run_all(self, programs: Sequence[str], workers: int | None = None) -> list[Outcome]:
+    def run_all(self, programs: Sequence[Program], workers: int | None = None) -> list[Outcome]:
         """Run programs a few at a time (default: one per CPU, at most 8); outcomes in the order of the programs."""
         workers = workers or min(8, os.cpu_count() or 1)
         with ThreadPoolExecutor(max_workers=workers) as pool:
-            return list(pool.map(self.run, programs))
+            return list(pool.map(lambda program: self.run(f"{program.code}\n{program.tests}"), programs))
 
     def _verdict(self, returncode: int, seconds: float) -> Verdict:
         """Of a program that did not pass. bwrap reports signal N as 128 + N; unshare hides it, so time decides."""

@@ -38,7 +38,14 @@ class Benchmark(Strict):
     same_columns: HubData | None = None  # where that one has other columns than our files: one that has the same
     stock: str | None = None  # lm-eval's own definition, below lm_eval/tasks; null: ours serves the hub too
     embedded: str | None = None  # folder inside this package that takes the place of a null data.root
-    executes_code: bool = False  # the score comes from running what the model wrote
+    # jinja template over the columns and `response`: the Python code that a response stands for. It is executed, and
+    # the rendered `doc_to_target` is the tests that it must pass. null: nothing is executed
+    code: str | None = None
+
+    @property
+    def executes_code(self) -> bool:
+        """Whether the score comes from running what the model wrote."""
+        return self.code is not None
 
     @property
     def split(self) -> str:
