@@ -6,8 +6,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from loramoe_train.errors import ConfigError, MissingFileError
-from loramoe_train.evaluation import sandbox
 from loramoe_train.evaluation.rows import IN_PACKAGE, data_folder, find_file, read_rows
+from loramoe_train.evaluation.sandbox import Limits, Sandbox, detect
 from loramoe_train.evaluation.tasks import Benchmark, HubData, load_benchmark
 from loramoe_train.schema.evaluation import EvalConfig
 
@@ -22,6 +22,7 @@ class Planned:
     files: dict[str, Path] | None  # split -> file, only the splits that are needed; None: the hub
     num_fewshot: int
     new_tokens: int  # longest generation; 0 where only likelihoods are compared
+    sandbox: Sandbox | None = None  # what contains the code that the model writes; None where none is run
 
 
 @dataclass(frozen=True)
@@ -61,10 +62,16 @@ def check_benchmarks(
         files = _find_files(benchmark, data_root, num_fewshot)
         if files is not None:
             _check_files(benchmark, files, num_fewshot)
-        if benchmark.executes_code:
-            sandbox.detect()
-        planned.append(Planned(benchmark, files, num_fewshot, new_tokens))
+        sandbox = choose_sandbox(config) if benchmark.executes_code else None
+        planned.append(Planned(benchmark, files, num_fewshot, new_tokens, sandbox))
     return Selection(tuple(planned), skipped)
+
+
+def choose_sandbox(config: EvalConfig) -> Sandbox:
+    """What this config and this machine run foreign code in; ConfigError where nothing can contain it."""
+    code = config.code
+    limits = Limits(code.wall_seconds, code.cpu_seconds, code.memory_mb << 20)
+    return detect(config.sandbox, limits, code.workers)
 
 
 def _max_length(config: EvalConfig, max_positions: int | None) -> int | None:

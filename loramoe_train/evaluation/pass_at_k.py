@@ -11,9 +11,10 @@ from typing import Any
 
 from jinja2 import Environment, StrictUndefined
 
-from loramoe_train.evaluation.sandbox import Outcome, Program
+from loramoe_train.evaluation.sandbox import OnOutcome, Outcome, Program
 
-Run = Callable[[Sequence[Program]], Sequence[Outcome]]
+Run = Callable[[Sequence[Program], OnOutcome | None], Sequence[Outcome]]  # outcomes in the order of the programs
+OnProgram = Callable[[dict[str, Any]], None]  # hears `index`, `code` and the outcome of each program as it ends
 Assemble = Callable[[Mapping[str, Any], str], Program]  # a row and a response -> what is run
 
 
@@ -36,7 +37,7 @@ def assembler(code: str, tests: str) -> Assemble:
 
 
 def code_scoring(
-    run: Run, *, assemble: Assemble, metric: str = "pass@1", filter_name: str = "create_test", k: int = 1
+    run: Run, *, assemble: Assemble, metric: str = "pass@1", filter_name: str = "create_test", k: int = 1, on_program: OnProgram | None = None
 ) -> dict[str, Any]:
     """The two lm-eval task entries that execute completions: a filter that runs them all, and the score of a problem.
 
@@ -44,16 +45,23 @@ def code_scoring(
     each stay in the samples.
 
     Args:
-        run: gives the outcomes of programs, in their order; `Sandbox.run_all`.
+        run: runs programs and gives their outcomes; `Sandbox.run_all`.
         assemble: makes the program of a row and a response; see `assembler`.
         metric, filter_name: as they appear in the task's headline.
+        on_program: called for each program when it has ended, in any order, before the filter returns.
     """
 
     def execute(responses: Sequence[Sequence[str]], docs: Sequence[Mapping[str, Any]]) -> list[list[dict[str, Any]]]:
         programs = [
             [assemble(doc, text) for text in texts] for texts, doc in zip(list(responses), list(docs), strict=True)
         ]
-        outcomes = iter(run([program for several in programs for program in several]))
+        flat = [program for several in programs for program in several]
+
+        def tell(index: int, outcome: Outcome) -> None:
+            if on_program is not None:
+                on_program({"index": index, "code": flat[index].code, **asdict(outcome)})
+
+        outcomes = iter(run(flat, tell))
         return [[{"code": program.code, **asdict(next(outcomes))} for program in several] for several in programs]
 
     def score(doc: Mapping[str, Any], results: Sequence[Sequence[Mapping[str, Any]]]) -> dict[str, float]:

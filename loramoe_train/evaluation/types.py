@@ -26,3 +26,4 @@ class BenchmarkResult:
     seconds: float
     truncated: int  # requests whose prompt lost tokens on the left
     samples: list[dict[str, Any]] = field(default_factory=list, repr=False)  # one record per document
+    sandbox: str | None = None  # level of isolation in which the model's code was run; None where none was

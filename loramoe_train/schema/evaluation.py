@@ -7,6 +7,15 @@ from pydantic import Field
 from loramoe_train.schema.base import Strict
 
 
+class CodeConfig(Strict):
+    """What one program of a code benchmark may use, and how many run at a time."""
+
+    wall_seconds: float = Field(default=10.0, gt=0, le=600)
+    cpu_seconds: int = Field(default=5, gt=0, le=600)
+    memory_mb: int = Field(default=512, ge=128, le=16384)  # address space; Python itself needs some 100
+    workers: int | None = Field(default=None, gt=0, le=64)  # null: one per CPU, at most 8
+
+
 class EvalConfig(Strict):
     """Benchmarks through lm-eval, for the base model and the tuned one."""
 
@@ -24,6 +33,9 @@ class EvalConfig(Strict):
     chat_template: bool = False
     save_samples: bool = True
     allow_code_execution: bool = False  # HumanEval runs what the model wrote, in a restricted child process
+    # how it is contained; auto: the strongest that works, never user, in which code can read what its user can read
+    sandbox: Literal["auto", "bubblewrap", "namespaces", "seccomp", "user"] = "auto"
+    code: CodeConfig = Field(default_factory=CodeConfig)
 
 
 class LauncherConfig(Strict):
