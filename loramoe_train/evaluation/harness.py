@@ -212,6 +212,7 @@ def _result(planned: Planned, raw: Mapping[str, Any], repeats: int, truncated: i
         version=str(raw["versions"].get(name)),
         seconds=seconds,
         truncated=truncated,
+        data=definitions.source(planned),
         samples=samples,
         sandbox=planned.sandbox.level if planned.sandbox else None,
     )

@@ -10,6 +10,7 @@ from typing import IO, Any
 
 from loramoe_train import paths
 from loramoe_train.errors import DataError
+from loramoe_train.files import sha256
 
 IN_PACKAGE = "package://"
 
@@ -37,6 +38,12 @@ def read_rows(path: Path, columns: Sequence[str], *, limit: int | None = None) -
     if not rows:
         raise DataError(f"{path} holds no rows")
     return rows
+
+
+def describe_file(path: Path) -> dict[str, Any]:
+    """Which rows these are: the file's name, the SHA-256 of its bytes as they lie there, and its number of rows."""
+    with _open(path) as lines:
+        return {"file": str(path), "sha256": sha256(path), "rows": sum(bool(line.strip()) for line in lines)}
 
 
 def _rows(path: Path, columns: Sequence[str]) -> Iterator[dict[str, Any]]:

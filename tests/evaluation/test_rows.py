@@ -1,11 +1,12 @@
 """Rows of benchmark files: what is wrong with one is told by file and line."""
 
 import gzip
+import hashlib
 
 import pytest
 
 from loramoe_train.errors import DataError
-from loramoe_train.evaluation.rows import read_rows
+from loramoe_train.evaluation.rows import describe_file, read_rows
 
 ROW = b'{"q": "1"}\n'
 
@@ -37,3 +38,12 @@ def test_a_broken_gzip_file(damage, tmp_path):
     path.write_bytes(damage(gzip.compress(ROW * 100)))
     with pytest.raises(DataError, match="rows.jsonl.gz cannot be read"):
         read_rows(path, ["q"])
+
+
+@pytest.mark.parametrize("name", ["rows.jsonl", "rows.jsonl.gz"])
+def test_a_file_is_described_as_it_lies_there(name, tmp_path):
+    content = ROW * 2 + b"\n" + ROW
+    path = tmp_path / name
+    path.write_bytes(gzip.compress(content) if name.endswith(".gz") else content)
+    digest = hashlib.sha256(path.read_bytes()).hexdigest()
+    assert describe_file(path) == {"file": str(path), "sha256": digest, "rows": 3}
