@@ -47,7 +47,7 @@ def check_benchmarks(
         ConfigError: an empty list, an unknown benchmark or one named twice, few-shot number larger than the pool, a
             length that the model cannot hold, or code execution asked for on a machine that cannot contain it.
         MissingFileError: a file is not there, or the hub is needed while offline.
-        DataError: the first row of a file is malformed.
+        DataError: a row of a file is malformed, or its answer is hidden.
     """
     if config.tasks is not None and not names:
         raise ConfigError(
@@ -138,7 +138,8 @@ def _cure(benchmark: Benchmark, split: str, wanted: Path) -> str:
     source = benchmark.same_columns or benchmark.hub
     assert source is not None
     plain = str(wanted).removesuffix(".gz")
-    command = _python(source, f", split={split!r}).to_json({plain!r})")
+    keep = "".join(f".filter(lambda row: row[{column!r}] is None)" for column in benchmark.null_columns)
+    command = _python(source, f", split={split!r}){keep}.to_json({plain!r})")
     return f"set data.root=null to use the hub, or fetch it with: {command}"
 
 
@@ -179,15 +180,14 @@ def _in_cache(benchmark: Benchmark) -> bool:
 
 
 def _check_files(benchmark: Benchmark, files: dict[str, Path], num_fewshot: int) -> None:
-    for path in files.values():
-        read_rows(path, benchmark.columns, limit=1)
+    """Every row, not the first alone: what is found now costs seconds, what is found at the end of a run the score."""
+    rows = {split: len(read_rows(path, benchmark.columns, answer=benchmark.answer)) for split, path in files.items()}
     if num_fewshot and benchmark.fewshot_split is not None:
-        pool = files[str(benchmark.fewshot_split)]
-        needed = num_fewshot + int(benchmark.spares_document)
-        found = len(read_rows(pool, benchmark.columns, limit=needed))
-        if found < needed:
+        found = rows[benchmark.fewshot_split]
+        if found < num_fewshot + int(benchmark.spares_document):
             raise ConfigError(
-                f"{_asked(benchmark, num_fewshot)} is more than {benchmark.base_name} can draw: {pool} has {found} rows"
+                f"{_asked(benchmark, num_fewshot)} is more than {benchmark.base_name} can draw:"
+                f" {files[benchmark.fewshot_split]} has {found} rows"
                 + (" and the document itself is left out" if benchmark.spares_document else "")
             )
 

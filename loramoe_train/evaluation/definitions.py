@@ -36,7 +36,7 @@ def local_definition(planned: Planned, on_program: OnProgram | None = None) -> d
     # lm-eval reads every split that a definition names, and some local sets lack those that this run does not need
     unused = {key for key in benchmark.task if key.endswith("_split") and benchmark.task[key] not in planned.files}
     task = {key: deepcopy(value) for key, value in benchmark.task.items() if key not in unused}
-    rows = {split: read_rows(path, benchmark.columns) for split, path in planned.files.items()}
+    rows = {split: read_rows(path, benchmark.columns, answer=benchmark.answer) for split, path in planned.files.items()}
     kept, decided = _kept(benchmark), settings(planned, on_program)
     return {**task, **decided, **kept, "task": benchmark.name, "custom_dataset": _in_memory(rows)}
 

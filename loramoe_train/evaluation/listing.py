@@ -5,17 +5,7 @@ It is the table of docs/evaluation.md; a test holds the two together.
 
 from loramoe_train.evaluation.tasks import FOLDER, Benchmark, known_benchmarks, load_benchmark
 
-HEADINGS = (
-    "benchmark",
-    "what it asks",
-    "form",
-    "shots",
-    "headline",
-    "lm-eval's file",
-    "scored file",
-    "hub data",
-    "compared on",
-)
+HEADINGS = ("benchmark", "what it asks", "form", "shots", "headline", "lm-eval's file", "rows", "hub", "compared on")
 
 
 def benchmark_table() -> str:

@@ -92,7 +92,7 @@ def test_missing_file_names_it_and_the_command(tmp_path):
     assert "load_dataset('openai/gsm8k', 'main', split='test')" in message
 
 
-@pytest.mark.parametrize("name", ["gsm8k", "boolq", "medqa_4options"])
+@pytest.mark.parametrize("name", ["gsm8k", "boolq", "medqa_4options", "scienceqa"])
 def test_the_named_command_really_cures_it(tmp_path, monkeypatch, name):
     """Run what the message says, with the download replaced by rows in memory."""
     import datasets
@@ -197,6 +197,10 @@ def test_lengths_that_the_model_cannot_hold(tmp_path):
         ('{"sentence": "x", "label": 1', r"validation.jsonl:1: not valid JSON"),
         ("[1, 2]", r"validation.jsonl:1: expected a JSON object with the columns sentence, label"),
         ('\n{"text": "x", "label": 1}', r"validation.jsonl:2: no column 'sentence'.*found text, label"),
+        (
+            '{"sentence": "x", "label": 1}\n{"sentence": "y", "label": -1}',
+            r"jsonl:2: label is -1, so the answer",
+        ),
         ("\n\n", "holds no rows"),
     ],
 )

@@ -32,6 +32,15 @@ def test_a_bad_row_is_named(content, where, tmp_path):
     assert str(caught.value).startswith(f"{path}{where}") and str(caught.value).isprintable()
 
 
+@pytest.mark.parametrize("value", ["null", '""', "[]", "-1"])
+def test_a_hidden_answer_is_named(value, tmp_path):
+    path = tmp_path / "rows.jsonl"
+    path.write_text(f'{{"q": 0}}\n{{"q": false}}\n\n{{"q": {value}}}\n')
+    assert len(read_rows(path, ["q"])) == 3
+    with pytest.raises(DataError, match=r"rows.jsonl:4: q is .*, so the answer is hidden"):
+        read_rows(path, ["q"], answer="q")
+
+
 @pytest.mark.parametrize("damage", [lambda b: b[:-12], lambda b: b"plain", lambda b: b[:20] + b"\0" * 20])
 def test_a_broken_gzip_file(damage, tmp_path):
     path = tmp_path / "rows.jsonl.gz"

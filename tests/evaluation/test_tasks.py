@@ -54,6 +54,13 @@ def test_every_column_that_a_template_reads_is_required(name):
             assert used <= columns, f"{key} reads {used - columns}"
 
 
+@pytest.mark.parametrize("name", ALL)
+def test_the_answer_is_a_column_that_is_scored(name):
+    benchmark = load_benchmark(name)
+    assert benchmark.answer in benchmark.columns
+    assert any(benchmark.answer in str(benchmark.task[key]) for key in ("doc_to_target", "doc_to_text"))
+
+
 def test_unknown_name_gives_the_nearest():
     with pytest.raises(ConfigError, match=r"'gsm8' is no known benchmark; did you mean 'gsm8k'\?.* prints them all"):
         load_benchmark("gsm8")

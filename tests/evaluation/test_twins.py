@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from loramoe_train.evaluation import sandbox
+from loramoe_train.evaluation import check, sandbox
 from loramoe_train.evaluation.check import Planned, check_benchmarks
 from loramoe_train.evaluation.harness import FEWSHOT_SEED, build_task
 from loramoe_train.evaluation.rows import find_file, read_rows
@@ -255,9 +255,10 @@ def test_code_is_executed_and_judged(name, row, tmp_path):
 # -- without local files -----------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", WITH_STOCK)
-def test_without_local_files_the_stock_definition_is_loaded(name, monkeypatch):
-    """`data.root=null`: same task object as lm-eval's, but for the numbers of the config and cola's added metric."""
+@pytest.mark.parametrize("name", [name for name, benchmark in ALL.items() if benchmark.hub])
+def test_without_local_files_the_hubs_rows_are_asked_for(name, monkeypatch, executed):
+    """`data.root=null`: lm-eval's own task where it can be loaded, but for the numbers of the config and cola's added
+    metric; else ours on the data set of the same place."""
     from datasets import Dataset
     from lm_eval.api.task import ConfigurableTask
 
@@ -275,6 +276,22 @@ def test_without_local_files_the_stock_definition_is_loaded(name, monkeypatch):
     assert benchmark.headline.split(",")[0] in task.aggregation()
     task.build_all_requests()
     assert len(task.instances) >= len(LOCAL[name])
+
+
+def test_without_local_files_a_name_with_a_number_is_the_stock_task(monkeypatch):
+    from datasets import Dataset
+    from lm_eval.api.task import ConfigurableTask
+
+    def in_memory(task: Any, *_: Any, **__: Any) -> None:
+        task.dataset = dict.fromkeys(("train", "test"), Dataset.from_list(LOCAL["gsm8k"]))
+
+    monkeypatch.setattr(ConfigurableTask, "download", in_memory)
+    monkeypatch.setattr(check, "is_offline", lambda: False)
+    (planned,) = check_benchmarks(["gsm8k@2"], EvalConfig(), None).planned
+    task = build_task(planned)
+    task.set_fewshot_seed(FEWSHOT_SEED)
+    task.build_all_requests(limit=1)
+    assert task.task_name == "gsm8k" and task.instances[0].args[0].count("Question:") == 3
 
 
 PROMPTS = {

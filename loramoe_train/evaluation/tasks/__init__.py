@@ -35,6 +35,7 @@ class Benchmark(Strict):
     headline: str = Field(pattern=r"^[^,]+,[^,]+$")
     files: dict[str, str]  # lm-eval's split -> file below data.root
     columns: list[str]  # that every row of the files must have
+    answer: str  # the one of them that holds the answer; hidden answers are published as "", -1 or null
     task: dict[str, Any]  # lm-eval's task definition, without the data set
     hub: HubData | None = None  # the data set that lm-eval's own definition reads
     same_columns: HubData | None = None  # where that one has other columns than our files: one that has the same
