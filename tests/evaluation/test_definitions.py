@@ -93,3 +93,27 @@ def test_every_metric_has_its_standard_error_and_every_score_its_source(model, t
     assert set(found["cola"].metrics) == {"mcc,none", "acc,none"}
     assert set(found["mrpc"].metrics) == {"acc,none", "f1,none"}
     assert found["mbpp@0"].metrics == {"pass_at_1,none": 0.0}
+
+
+@pytest.mark.real
+@pytest.mark.parametrize("count", [16, pytest.param(500, marks=pytest.mark.nightly)])
+@pytest.mark.parametrize(("name", "end"), [("mbpp", ""), ("mbpp_instruct", "\n```\nDone.")])
+def test_canonical_solutions_of_mbpp_pass(name, end, count, shared_dir):
+    """Two of the 500 cannot: one takes longer than a program may, one needs a setup that lm-eval does not run."""
+    from lm_eval.api.instance import Instance
+
+    config = EvalConfig(allow_code_execution=True)
+    (planned,) = check_benchmarks([name], config, str(shared_dir / "data")).planned
+    task = build_task(planned)
+    task._instances = [
+        Instance("generate_until", doc, ("", {}), 0, metadata=(name, index, 1), resps=[doc["code"] + end])
+        for index, doc in enumerate(list(task.eval_docs)[:count])
+    ]
+    task.apply_filters()
+    failed = set()
+    for request in task._instances:
+        (answer,) = request.filtered_resps.values()
+        (score,) = task.process_results(request.doc, [answer]).values()
+        if score != 1.0:
+            failed.add(request.doc["task_id"])
+    assert len(task._instances) == count and failed <= {123, 367}

@@ -19,7 +19,12 @@ CODE = [name for name, benchmark in ALL.items() if benchmark.executes_code]
 WITH_STOCK = [name for name, benchmark in ALL.items() if benchmark.stock]
 TWINS = [*WITH_STOCK, "arc_easy_chat"]  # that one renders lm-eval's file of the challenge part
 PLAIN_ROWS = ["scienceqa", *(name for name in ALL if name.startswith("tiny_"))]  # ours alone
-SHOTS = [(name, shots) for name in TWINS for shots in ((0, 1) if ALL[name].takes_examples else (0,))]
+
+
+def numbers(name: str) -> list[int]:
+    """Examples that two or three rows allow; all where the definition brings its own."""
+    examples = ALL[name].examples
+    return [0] if not ALL[name].takes_examples else [0, 1] if examples is None else [0, 1, len(examples)]
 
 
 def stock_task(name: str, splits: dict[str, list[dict[str, Any]]], shots: int, monkeypatch: pytest.MonkeyPatch) -> Any:
@@ -95,7 +100,7 @@ def test_every_benchmark_is_held_against_something():
     assert {*TWINS, *CODE, *PLAIN_ROWS, "mmlu"} == set(ALL)
 
 
-@pytest.mark.parametrize(("name", "shots"), SHOTS)
+@pytest.mark.parametrize(("name", "shots"), [(n, s) for n in TWINS for s in numbers(n)])
 def test_twin_on_inlined_rows(name, shots, tmp_path, monkeypatch):
     root = write_local(tmp_path, name)
     assert_twins(our_task(name, root, shots), stock_task(name, inlined_splits(name), shots, monkeypatch), limit=2)
@@ -192,7 +197,7 @@ def assert_same_code_twins(ours: Any, stock: Any, limit: int) -> None:
     assert names[0] == names[1]
 
 
-@pytest.mark.parametrize(("name", "shots"), [(n, s) for n in CODE for s in ((0, 3) if ALL[n].takes_examples else (0,))])
+@pytest.mark.parametrize(("name", "shots"), [(n, s) for n in CODE for s in numbers(n)])
 def test_code_twin_on_inlined_rows(name, shots, tmp_path, monkeypatch, executed):
     root = write_local(tmp_path, name)
     assert_same_code_twins(*code_pair(name, root, shots, LOCAL[name][:2], monkeypatch), limit=2)
