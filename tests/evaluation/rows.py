@@ -126,7 +126,7 @@ LOCAL: dict[str, list[dict[str, Any]]] = {
             "activity_label": "Making tea",
             "ctx_a": "A woman [laughing] boils water.  She waits.",
             "ctx_b": "the Woman",
-            "endings": ["pours it. ", "[title] Enjoy it's taste", 'says "no"  twice', "\nleaves [step] the\nroom"],
+            "endings": ["pours it. ", "sips [title] Enjoy it's taste", 'says "no"  twice', "\nleaves [step] the\nroom"],
             "label": "2",
         },
         {
