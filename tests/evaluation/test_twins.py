@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from loramoe_train.evaluation import check, sandbox
-from loramoe_train.evaluation.check import Planned, check_benchmarks
+from loramoe_train.evaluation.check import check_benchmarks
 from loramoe_train.evaluation.harness import FEWSHOT_SEED, build_task
 from loramoe_train.evaluation.rows import find_file, read_rows
 from loramoe_train.evaluation.tasks import known_benchmarks, load_benchmark
@@ -177,7 +177,9 @@ def executed(monkeypatch) -> list[Any]:
         programs.extend(batch)
         return [sandbox.Outcome("passed", "", 0.0) for _ in batch]
 
-    monkeypatch.setattr(sandbox, "detect", lambda *_, **__: SimpleNamespace(run_all=run_all))
+    box = SimpleNamespace(run_all=run_all)
+    for place in (sandbox, check):
+        monkeypatch.setattr(place, "detect", lambda *_, **__: box, raising=False)
     monkeypatch.setattr(evaluate, "load", lambda name: _Metric())
     RAN.clear()
     return programs
@@ -275,7 +277,9 @@ def test_without_local_files_the_hubs_rows_are_asked_for(name, monkeypatch, exec
         task.dataset = dict.fromkeys(("train", "validation", "test"), Dataset.from_list(rows))
 
     monkeypatch.setattr(ConfigurableTask, "download", in_memory)
-    task = build_task(Planned(benchmark, None, num_fewshot=0, new_tokens=benchmark.new_tokens(None)))
+    monkeypatch.setattr(check, "is_offline", lambda: False)
+    (planned,) = check_benchmarks([name], EvalConfig(num_fewshot=0, allow_code_execution=True), None).planned
+    task = build_task(planned)
     assert asked == [(benchmark.hub.name, benchmark.hub.config)]
     assert task.task_name == name and task.get_config("num_fewshot") == 0
     assert benchmark.headline.split(",")[0] in task.aggregation()
