@@ -14,6 +14,7 @@ from loramoe_train.evaluation.tasks import load_benchmark
 from loramoe_train.schema.evaluation import EvalConfig
 from tests.conftest import ROOT
 from tests.evaluation.rows import LOCAL, write_local
+from tests.evaluation.test_twins import inlined_splits, stock_task
 
 
 def test_the_source_is_each_file_that_is_read(tmp_path):
@@ -117,3 +118,43 @@ def test_canonical_solutions_of_mbpp_pass(name, end, count, shared_dir):
         if score != 1.0:
             failed.add(request.doc["task_id"])
     assert len(task._instances) == count and failed <= {123, 367}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["arc_challenge_chat", "gsm8k_cot", "hellaswag"])
+def test_scores_equal_those_of_the_stock_task(name, tiny_model_dir, tmp_path, monkeypatch):
+    """Filters and metrics on what a model really answers: lm-eval's own model, evaluator and file, item by item."""
+    from lm_eval import simple_evaluate
+    from lm_eval.tasks import TaskManager
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    benchmark, root = load_benchmark(name), write_local(tmp_path, name)
+    shots = int(benchmark.takes_examples)
+    stock = stock_task(name, inlined_splits(name), shots, monkeypatch)
+    if benchmark.generates:
+        stock.set_config("generation_kwargs", {"max_gen_toks": 16}, update=True)
+    theirs = simple_evaluate(
+        model="hf",
+        model_args={"pretrained": str(tiny_model_dir), "dtype": "float32"},
+        tasks=[stock],
+        num_fewshot=shots,
+        batch_size=1,
+        device="cpu",
+        bootstrap_iters=0,
+        task_manager=TaskManager(include_defaults=False),
+    )
+    model = AutoModelForCausalLM.from_pretrained(tiny_model_dir)
+    tokenizer = AutoTokenizer.from_pretrained(tiny_model_dir)
+    config = EvalConfig(num_fewshot=shots, max_new_tokens=16)
+    ours = evaluate(model, tokenizer, [name], config=config, data_root=str(root), seed=0)[name]
+    assert ours.metrics == {key: theirs["results"][name][key] for key in ours.metrics}
+    raw = {entry["doc_id"]: entry for entry in theirs["samples"][name]}
+    assert raw.keys() == {sample["doc_id"] for sample in ours.samples}
+    for sample in ours.samples:
+        entry = raw[sample["doc_id"]]
+        assert sample["prompt_hash"] == entry["prompt_hash"]
+        if benchmark.generates:
+            assert sample["responses"] == entry["resps"][0]
+        else:
+            expected = [answer[0][0] for answer in entry["resps"]]
+            assert sample["log_likelihoods"] == pytest.approx(expected, abs=1e-4)
