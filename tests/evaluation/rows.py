@@ -138,6 +138,14 @@ LOCAL: dict[str, list[dict[str, Any]]] = {
         },
         {"activity_label": "X", "ctx_a": "He", "ctx_b": "runs", "endings": ["a", "b", "c", "d"], "label": "3"},
     ],
+    "agieval_aqua_rat": [
+        {
+            "query": f"Q: Half of {n}? Answer Choices: (A)1 (B)2 (C)3 (D)4 (E)it's 5\nA: The answer is",
+            "choices": ["(A)1", "(B)2", "(C)3", "(D)4 or more", "(E)it's 5"],
+            "gold": [n // 2 - 1],
+        }
+        for n in (4, 8)
+    ],
     "mmlu": [
         {"question": " Which is a bone? ", "subject": "anatomy", "choices": ["it", "a rib", "x", "y"], "answer": 1},
         {"question": "Who?", "subject": "high_school_us_history", "choices": ["A", "B", "C", "D"], "answer": 3},

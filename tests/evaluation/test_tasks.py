@@ -19,7 +19,7 @@ def test_the_promised_benchmarks_are_there():
     promised = {"gsm8k", "humaneval", "medqa_4options", "cola", "sst2", "arc_easy", "arc_challenge"}
     promised |= {"gsm8k_cot", "gsm8k_cot_zeroshot", "humaneval_instruct", "mbpp", "mbpp_instruct", "mrpc", "rte", "qqp"}
     promised |= {"boolq", "piqa", "hellaswag", "winogrande", "openbookqa", "commonsense_qa", "social_iqa", "mmlu"}
-    promised |= {"arc_easy_chat", "arc_challenge_chat", "scienceqa"}
+    promised |= {"arc_easy_chat", "arc_challenge_chat", "scienceqa", "agieval_aqua_rat"}
     promised |= {"tiny_math", "tiny_code", "tiny_facts", "tiny_grammar", "tiny_sentiment"}
     assert promised <= set(ALL)
 

@@ -127,6 +127,21 @@ def test_twin_on_real_rows(name, shared_dir, monkeypatch):
     assert_twins(our_task(name, root, shots), stock_task(name, splits, shots, monkeypatch), limit=40)
 
 
+def test_lm_evals_own_scoring_of_aqua_is_the_usual_one(tmp_path, monkeypatch):
+    """Its file names a Python function, which ours does without."""
+    name, docs = "agieval_aqua_rat", LOCAL["agieval_aqua_rat"]
+    ours, stock = our_task(name, write_local(tmp_path, name), 0), stock_task(name, inlined_splits(name), 0, monkeypatch)
+    earned = set()
+    for doc in docs:
+        for best in range(5):
+            # a long answer that is likely as a whole, or only for its length
+            answers = [(-1.0 if index == best else -9.0 if index != 3 else -2.0, False) for index in range(5)]
+            found = ours.process_results(doc, answers)
+            assert found == stock.process_results(doc, answers)
+            earned.add((found["acc"], found["acc_norm"]))
+    assert len(earned) == 4  # every pair of the two was met
+
+
 # -- mmlu: one list here, a task for each subject there ----------------------------------------------------------------
 
 
