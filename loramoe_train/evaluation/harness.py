@@ -222,6 +222,7 @@ def build_task(planned: Planned, on_program: definitions.OnProgram | None = None
     """lm-eval's task object: our definition on local rows, or the stock one on the hub's data set.
 
     Raises:
+        ConfigError: more few-shot examples than the hub's data set has.
         DataError: a row is malformed (names file and line).
         MissingFileError: the hub could not be reached.
     """
@@ -266,7 +267,16 @@ def _load_task(definition: dict[str, Any], index: Path | None = None) -> Any:
     # without its defaults the manager does not read thousands of files for six seconds
     manager = lm_eval.tasks.TaskManager(include_defaults=False, include_path=str(index) if index else None)
     (task,) = manager.load([definition])["tasks"].values()
+    _check_pool(task)
     return task
+
+
+def _check_pool(task: Any) -> None:
+    """Of the hub's rows, whose number nobody knows before; those of local files have been counted."""
+    wanted, found = task.get_config("num_fewshot") or 0, len(task.sampler.df)
+    spare = int(task.fewshot_cfg.split == task.config.test_split)  # then lm-eval draws one more
+    if wanted and wanted + spare > found:
+        raise ConfigError(f"{wanted} examples are more than {task.task_name} can draw: its pool has {found} rows")
 
 
 class _InMemoryModel(HFLM):

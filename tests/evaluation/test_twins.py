@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 
+from loramoe_train.errors import ConfigError
 from loramoe_train.evaluation import check, sandbox
 from loramoe_train.evaluation.check import check_benchmarks
 from loramoe_train.evaluation.harness import FEWSHOT_SEED, build_task
@@ -316,6 +317,9 @@ def test_without_local_files_a_name_with_a_number_is_the_stock_task(monkeypatch)
     task.set_fewshot_seed(FEWSHOT_SEED)
     task.build_all_requests(limit=1)
     assert task.task_name == "gsm8k" and task.instances[0].args[0].count("Question:") == 3
+    (planned,) = check_benchmarks(["gsm8k@4"], EvalConfig(), None).planned
+    with pytest.raises(ConfigError, match="4 examples are more than gsm8k can draw: its pool has 3 rows"):
+        build_task(planned)
 
 
 PROMPTS = {
