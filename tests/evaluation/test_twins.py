@@ -208,7 +208,7 @@ def code_pair(name: str, root: Path, shots: int, rows: list[dict[str, Any]], mon
 
 def assert_same_code_twins(ours: Any, stock: Any, limit: int) -> None:
     assert_same_requests(ours, stock, limit)
-    assert ours.VERSION == stock.VERSION
+    assert ours.VERSION == {"mbpp_instruct": "1.0+block"}.get(ours.task_name, stock.VERSION)
     names = [
         [entry["name"] for entry in task.get_config("filter_list") or [{"name": "none"}]] for task in (ours, stock)
     ]
