@@ -29,8 +29,9 @@ def config_of(folder: Path, overrides: Sequence[str]) -> tuple[RunConfig, Path, 
     if not isinstance(values, dict):
         raise DataError(f"{adapter} stores no config in its manifest")
     values = {key: value for key, value in values.items() if key not in PLACES}  # a file does not say where to write
-    if isinstance(values.get("eval"), dict) and not is_typed("eval.allow_code_execution", overrides):
-        values["eval"] = {**values["eval"], "allow_code_execution": False}  # who trained may have allowed it to himself
+    for key, harmless in (("allow_code_execution", False), ("sandbox", "auto")):
+        if isinstance(values.get("eval"), dict) and not is_typed(f"eval.{key}", overrides):
+            values["eval"] = {**values["eval"], key: harmless}  # who trained may have allowed it to himself
     try:
         refuse_untyped(values, overrides)
     except ConfigError as error:

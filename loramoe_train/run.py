@@ -20,6 +20,7 @@ from loramoe_train.data.sampling import drawable
 from loramoe_train.data.stage import MixtureStage, check_batch_size
 from loramoe_train.errors import ConfigError
 from loramoe_train.evaluation.harness import compare
+from loramoe_train.evaluation.outcomes import OutcomeFiles
 from loramoe_train.evaluation.results import render_table, versions, write_results, write_samples
 from loramoe_train.experts import adapters as adapter_files
 from loramoe_train.experts.compiled import compile_layers
@@ -251,6 +252,13 @@ def evaluate_routed(
                 write_samples(folder / "samples", result.name, side, result.samples)
         _say(console, f"  {result.name} {side}: {result.score:.4f} ({result.seconds:.1f} s)")
 
+    outcomes = OutcomeFiles(folder / "samples", accelerator.process_index)
+
+    def keep_program(name: str, side: Any, program: dict[str, Any]) -> None:
+        if config.eval.save_samples:
+            with _written(folder / "samples"):
+                outcomes(name, side, program)
+
     def as_base() -> AbstractContextManager[None]:
         return routed.context.override("off") if routed.layers else original_weights(routed.model, config.model)
 
@@ -267,6 +275,7 @@ def evaluate_routed(
         # requests that are split over processes make unequal numbers of passes
         accelerator=None if is_shared_out(routed.model) else accelerator,
         on_result=keep,
+        on_program=keep_program,
     )
 
 

@@ -4,7 +4,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from loramoe_train.errors import ConfigError, nearest
-from loramoe_train.evaluation.tasks import known_benchmarks
+from loramoe_train.evaluation.tasks import base_name, known_benchmarks
 from loramoe_train.schema.run import RunConfig
 
 Served = dict[str, int | None]  # "task" and "domain" -> its index in the mixture; None: not known
@@ -40,14 +40,15 @@ def served_by(
             does not exist.
     """
     for benchmark, task in config.eval.serve_as.items():
-        if benchmark not in known_benchmarks():
+        if base_name(benchmark) not in known_benchmarks():
             raise ConfigError(f"eval.serve_as: '{benchmark}' is no benchmark{nearest(benchmark, known_benchmarks())}")
         if task not in tasks:
             raise ConfigError(f"eval.serve_as.{benchmark}={task}: no such task{nearest(task, tasks)}")
     found, asked = {}, origins_asked(config)
     for name in benchmarks:
-        owners = [task for task in tasks if config.data.definitions[task].lm_eval == name]
-        owners = [config.eval.serve_as[name]] if name in config.eval.serve_as else owners
+        plain = base_name(name)  # however many examples are shown
+        owners = [task for task in tasks if base_name(config.data.definitions[task].lm_eval or "") == plain]
+        owners = [config.eval.serve_as[key] for key in (name, plain) if key in config.eval.serve_as][:1] or owners
         theirs = {config.data.definitions[task].domain or task for task in owners}
         found[name] = {"task": _only([tasks.index(task) for task in owners])}
         found[name]["domain"] = _only([domains.index(domain) for domain in theirs])

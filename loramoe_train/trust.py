@@ -13,8 +13,14 @@ from typing import Any
 from loramoe_train.errors import ConfigError
 from loramoe_train.paths import CONFIGS
 
-# Keys that let further code run: what a module, a model's repository or a model has written.
-TYPED_ONLY = ("trusted_modules", "model.trust_remote_code", "eval.allow_code_execution")
+# Keys that let further code run (what a module, a model's repository or a model has written) or say how that is
+# contained, each with the value that anybody may give.
+TYPED_ONLY: dict[str, object] = {
+    "trusted_modules": [],
+    "model.trust_remote_code": False,
+    "eval.allow_code_execution": False,
+    "eval.sandbox": "auto",
+}
 HYDRA = re.compile(r"\bhydra\b")
 
 
@@ -31,9 +37,9 @@ def is_typed(key: str, overrides: Sequence[str]) -> bool:
 
 
 def refuse_untyped(values: Mapping[str, Any], overrides: Sequence[str]) -> None:
-    """Raise ConfigError where a config file, and not the command line, lets further code run."""
-    for key in TYPED_ONLY:
-        if value_at(values, key) and not is_typed(key, overrides):
+    """Raise ConfigError where a config file, and not the command line, sets one of TYPED_ONLY."""
+    for key, harmless in TYPED_ONLY.items():
+        if value_at(values, key) not in (None, harmless) and not is_typed(key, overrides):
             raise ConfigError(
                 f"{key} may only be set on the command line: a file must not widen what it may run; if you trust it,"
                 f" add {key}={_typed(value_at(values, key))}"

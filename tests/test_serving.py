@@ -41,6 +41,17 @@ def test_the_task_that_names_a_benchmark_answers_it():
     assert found(composed("+recipe=lora", *TWO), "tiny_math") == {"tiny_math": {"task": None, "domain": None}}
 
 
+def test_whoever_answers_a_benchmark_answers_it_after_examples():
+    config = composed("+recipe=moelora_task", *TWO, "eval.tasks=[tiny_grammar@0,tiny_grammar@2]")
+    assert config.eval.tasks == ["tiny_grammar@0", "tiny_grammar@2"]
+    assert found(config, *config.eval.tasks) == dict.fromkeys(config.eval.tasks, {"task": 0, "domain": 0})
+    mapped = composed(
+        "+recipe=moelora_task", *TWO, "eval.serve_as={tiny_math: tiny_sentiment, tiny_math@1: tiny_grammar}"
+    )
+    answered = found(mapped, "tiny_math", "tiny_math@1", "tiny_math@2")
+    assert [entry["task"] for entry in answered.values()] == [1, 0, 1]
+
+
 def test_several_tasks_of_one_benchmark():
     code = "data.tasks=[code_alpaca,new_codealpaca]"
     with pytest.raises(ConfigError, match="code_alpaca and new_codealpaca name it; give eval.serve_as.humaneval=TASK"):

@@ -6,8 +6,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from loramoe_train.errors import ConfigError, MissingFileError
-from loramoe_train.evaluation import sandbox
 from loramoe_train.evaluation.rows import IN_PACKAGE, data_folder, find_file, read_rows
+from loramoe_train.evaluation.sandbox import Limits, Sandbox, detect
 from loramoe_train.evaluation.tasks import Benchmark, HubData, load_benchmark
 from loramoe_train.schema.evaluation import EvalConfig
 
@@ -22,6 +22,7 @@ class Planned:
     files: dict[str, Path] | None  # split -> file, only the splits that are needed; None: the hub
     num_fewshot: int
     new_tokens: int  # longest generation; 0 where only likelihoods are compared
+    sandbox: Sandbox | None = None  # what contains the code that the model writes; None where none is run
 
 
 @dataclass(frozen=True)
@@ -38,19 +39,24 @@ def check_benchmarks(
     """Settle what an evaluation will run, or say in one line why it cannot.
 
     Args:
-        names: benchmarks; repeated names count once.
+        names: benchmarks, each once; `NAME@N` is NAME with N examples.
         data_root: folder of local files (`package://...` inside this package), or None for the hub.
         max_positions: longest sequence in tokens that the model holds; None if unlimited or unknown.
 
     Raises:
-        ConfigError: unknown benchmark, few-shot number larger than the pool, a length that the model cannot hold,
-            or code execution asked for on a machine that cannot contain it.
+        ConfigError: an empty list, an unknown benchmark or one named twice, few-shot number larger than the pool, a
+            length that the model cannot hold, or code execution asked for on a machine that cannot contain it.
         MissingFileError: a file is not there, or the hub is needed while offline.
-        DataError: the first row of a file is malformed.
+        DataError: a row of a file is malformed, or its answer is hidden.
     """
+    if config.tasks is not None and not names:
+        raise ConfigError(
+            "eval.tasks=[] names nothing to evaluate; set eval.tasks=null for the benchmarks of the mixture's tasks"
+        )
     length = _max_length(config, max_positions)
     planned, skipped = [], {}
-    for name in dict.fromkeys(names):
+    _check_distinct(names, config)
+    for name in names:
         benchmark = load_benchmark(name)
         if benchmark.executes_code and not config.allow_code_execution:
             skipped[name] = NO_CODE
@@ -58,13 +64,32 @@ def check_benchmarks(
         num_fewshot = benchmark.num_fewshot(config.num_fewshot)
         new_tokens = benchmark.new_tokens(config.max_new_tokens)
         check_length(name, new_tokens, length)
+        _check_examples(benchmark, num_fewshot)
         files = _find_files(benchmark, data_root, num_fewshot)
         if files is not None:
             _check_files(benchmark, files, num_fewshot)
-        if benchmark.executes_code:
-            sandbox.detect()
-        planned.append(Planned(benchmark, files, num_fewshot, new_tokens))
+        sandbox = choose_sandbox(config) if benchmark.executes_code else None
+        planned.append(Planned(benchmark, files, num_fewshot, new_tokens, sandbox))
     return Selection(tuple(planned), skipped)
+
+
+def choose_sandbox(config: EvalConfig) -> Sandbox:
+    """What this config and this machine run foreign code in; ConfigError where nothing can contain it."""
+    code = config.code
+    limits = Limits(code.wall_seconds, code.cpu_seconds, code.memory_mb << 20)
+    return detect(config.sandbox, limits, code.workers)
+
+
+def _check_distinct(names: Sequence[str], config: EvalConfig) -> None:
+    """Two equal runs would be stored under one name, or count twice in the mean."""
+    seen: dict[tuple[str, int], str] = {}
+    for name in names:
+        benchmark = load_benchmark(name)
+        key = benchmark.base_name, benchmark.num_fewshot(config.num_fewshot)
+        if key in seen:
+            twice = "is named twice" if seen[key] == name else f"and {name} are the same: {key[1]} examples each"
+            raise ConfigError(f"eval.tasks: {seen[key]} {twice}; leave one out")
+        seen[key] = name
 
 
 def _max_length(config: EvalConfig, max_positions: int | None) -> int | None:
@@ -113,7 +138,8 @@ def _cure(benchmark: Benchmark, split: str, wanted: Path) -> str:
     source = benchmark.same_columns or benchmark.hub
     assert source is not None
     plain = str(wanted).removesuffix(".gz")
-    command = _python(source, f", split={split!r}).to_json({plain!r})")
+    keep = "".join(f".filter(lambda row: row[{column!r}] is None)" for column in benchmark.null_columns)
+    command = _python(source, f", split={split!r}){keep}.to_json({plain!r})")
     return f"set data.root=null to use the hub, or fetch it with: {command}"
 
 
@@ -154,14 +180,26 @@ def _in_cache(benchmark: Benchmark) -> bool:
 
 
 def _check_files(benchmark: Benchmark, files: dict[str, Path], num_fewshot: int) -> None:
-    for path in files.values():
-        read_rows(path, benchmark.columns, limit=1)
-    if num_fewshot:
-        pool = files[str(benchmark.fewshot_split)]
-        needed = num_fewshot + int(benchmark.spares_document)
-        found = len(read_rows(pool, benchmark.columns, limit=needed))
-        if found < needed:
+    """Every row, not the first alone: what is found now costs seconds, what is found at the end of a run the score."""
+    rows = {split: len(read_rows(path, benchmark.columns, answer=benchmark.answer)) for split, path in files.items()}
+    if num_fewshot and benchmark.fewshot_split is not None:
+        found = rows[benchmark.fewshot_split]
+        if found < num_fewshot + int(benchmark.spares_document):
             raise ConfigError(
-                f"eval.num_fewshot={num_fewshot} is more than {benchmark.name} can draw: {pool} has {found} rows"
+                f"{_asked(benchmark, num_fewshot)} is more than {benchmark.base_name} can draw:"
+                f" {files[benchmark.fewshot_split]} has {found} rows"
                 + (" and the document itself is left out" if benchmark.spares_document else "")
             )
+
+
+def _check_examples(benchmark: Benchmark, num_fewshot: int) -> None:
+    """For a benchmark that brings its examples along."""
+    if benchmark.examples is not None and num_fewshot > len(benchmark.examples):
+        raise ConfigError(
+            f"{_asked(benchmark, num_fewshot)} is more than {benchmark.base_name} can show: its definition has"
+            f" {len(benchmark.examples)} examples"
+        )
+
+
+def _asked(benchmark: Benchmark, num_fewshot: int) -> str:
+    return benchmark.name if benchmark.shots is not None else f"eval.num_fewshot={num_fewshot}"

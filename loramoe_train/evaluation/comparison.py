@@ -23,9 +23,11 @@ def paired_score(tuned: BenchmarkResult, base: BenchmarkResult | None) -> dict[s
         "num_fewshot": tuned.num_fewshot,
         "fewshot_seed": tuned.fewshot_seed,
         "version": tuned.version,
+        "data": tuned.data,
         "truncated_prompts": tuned.truncated,
         "base_metrics": _with_errors(base) if base else None,
         "tuned_metrics": _with_errors(tuned),
+        "sandbox": tuned.sandbox,
         "seconds": round(tuned.seconds + (base.seconds if base else 0.0), 3),
     }
 

@@ -86,6 +86,7 @@ def compare(
     progress: Progress | None = None,
     accelerator: Any = None,
     on_result: Callable[[Side, BenchmarkResult], None] | None = None,
+    on_program: Callable[[str, Side, dict[str, Any]], None] | None = None,
 ) -> dict[str, Any]:
     """Score a model as it is and, inside `base_mode()`, as its base: one loaded model, the same prompts.
 
@@ -95,6 +96,8 @@ def compare(
         reading: makes one, from what is known of a batch, in which the model scores given answers: for routing that
             must not look at those. None: nothing needs to be known.
         on_result: gets each result as soon as it is there, on every process; for example to store its samples.
+        on_program: gets benchmark, side, code and outcome of each program of the model's when it has been run, on the
+            process that ran it.
 
     Returns:
         `{"scores": {NAME: entry}, "skipped": {NAME: reason}}`, with the entries of `comparison.paired_score`; their
@@ -102,7 +105,7 @@ def compare(
     """
     tell = on_result or (lambda side, result: None)
     with _session(model, tokenizer, benchmarks, config, data_root, seed, progress, accelerator) as session:
-        session.lm.reading = reading
+        session.lm.reading, session.on_program = reading, on_program
         scores = {}
         for planned in session.selection.planned:
             base = None
@@ -154,11 +157,18 @@ class _Session:
     def __init__(self, lm: "_InMemoryModel", config: EvalConfig, selection: Selection) -> None:
         self.lm, self.config, self.selection = lm, config, selection
         self._tasks: dict[str, Any] = {}
+        self.on_program: Callable[[str, Side, dict[str, Any]], None] | None = None
+        self._running: tuple[str, Side] = ("", "tuned")
+
+    def _tell(self, program: dict[str, Any]) -> None:
+        if self.on_program is not None:
+            self.on_program(*self._running, program)
 
     def run(self, planned: Planned, side: Side) -> BenchmarkResult:
         name, started = planned.benchmark.name, time.monotonic()
         if name not in self._tasks:
-            self._tasks[name] = build_task(planned)
+            self._tasks[name] = build_task(planned, self._tell)
+        self._running = name, side
         task = self._tasks[name]
         task.set_fewshot_seed(seed=FEWSHOT_SEED)  # both runs draw the same examples
         if planned.num_fewshot and self.lm.world_size > 1:
@@ -202,26 +212,29 @@ def _result(planned: Planned, raw: Mapping[str, Any], repeats: int, truncated: i
         version=str(raw["versions"].get(name)),
         seconds=seconds,
         truncated=truncated,
+        data=definitions.source(planned),
         samples=samples,
+        sandbox=planned.sandbox.level if planned.sandbox else None,
     )
 
 
-def build_task(planned: Planned) -> Any:
+def build_task(planned: Planned, on_program: definitions.OnProgram | None = None) -> Any:
     """lm-eval's task object: our definition on local rows, or the stock one on the hub's data set.
 
     Raises:
+        ConfigError: more few-shot examples than the hub's data set has.
         DataError: a row is malformed (names file and line).
         MissingFileError: the hub could not be reached.
     """
     benchmark = planned.benchmark
     if planned.files is not None:
-        return _load_task(definitions.local_definition(planned))
+        return _load_task(definitions.local_definition(planned, on_program))
     try:
         if benchmark.stock is None:
-            return _load_task(definitions.hub_definition(planned))
+            return _load_task(definitions.hub_definition(planned, on_program))
         # an inline group member inherits the stock definition of its name; the index covers one folder, not all tasks
         stock = Path(lm_eval.tasks.__file__).parent / benchmark.stock
-        return _load_task({"group": "hub", "task": [definitions.stock_definition(planned)]}, index=stock.parent)
+        return _load_task({"group": "hub", "task": [definitions.stock_definition(planned, on_program)]}, index=stock.parent)
     except (OSError, ValueError) as error:  # what datasets raises for a hub that is out of reach or a name not cached
         reason = " ".join(str(error).split())[:200]
         raise MissingFileError(
@@ -254,7 +267,16 @@ def _load_task(definition: dict[str, Any], index: Path | None = None) -> Any:
     # without its defaults the manager does not read thousands of files for six seconds
     manager = lm_eval.tasks.TaskManager(include_defaults=False, include_path=str(index) if index else None)
     (task,) = manager.load([definition])["tasks"].values()
+    _check_pool(task)
     return task
+
+
+def _check_pool(task: Any) -> None:
+    """Of the hub's rows, whose number nobody knows before; those of local files have been counted."""
+    wanted, found = task.get_config("num_fewshot") or 0, len(task.sampler.df)
+    spare = int(task.fewshot_cfg.split == task.config.test_split)  # then lm-eval draws one more
+    if wanted and wanted + spare > found:
+        raise ConfigError(f"{wanted} examples are more than {task.task_name} can draw: its pool has {found} rows")
 
 
 class _InMemoryModel(HFLM):

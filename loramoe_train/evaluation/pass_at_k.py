@@ -9,9 +9,13 @@ from dataclasses import asdict
 from math import comb
 from typing import Any
 
-from loramoe_train.evaluation.sandbox import Outcome
+from jinja2 import Environment, StrictUndefined
 
-Run = Callable[[Sequence[str]], Sequence[Outcome]]
+from loramoe_train.evaluation.sandbox import OnOutcome, Outcome, Program
+
+Run = Callable[[Sequence[Program], OnOutcome | None], Sequence[Outcome]]  # outcomes in the order of the programs
+OnProgram = Callable[[dict[str, Any]], None]  # hears `index`, `code` and the outcome of each program as it ends
+Assemble = Callable[[Mapping[str, Any], str], Program]  # a row and a response -> what is run
 
 
 def pass_at_k(num_samples: int, num_passed: int, k: int) -> float:
@@ -21,30 +25,51 @@ def pass_at_k(num_samples: int, num_passed: int, k: int) -> float:
     return 1.0 - comb(num_samples - num_passed, k) / comb(num_samples, k)
 
 
-def code_scoring(run: Run, *, k: int = 1) -> dict[str, Any]:
+def assembler(code: str, tests: str) -> Assemble:
+    """Makes programs from two jinja templates over a row's columns, `code` also over the `response`.
+
+    They are rendered as lm-eval renders its own. For example `{{prompt}}{{response}}` where the response goes on, or
+    `{{response.split("```")[0]}}` where it is the whole program up to the end of a code block.
+    """
+    environment = Environment(undefined=StrictUndefined, keep_trailing_newline=True)
+    of_code, of_tests = environment.from_string(code), environment.from_string(tests)
+    return lambda doc, response: Program(of_code.render(**doc, response=response), of_tests.render(**doc))
+
+
+def code_scoring(
+    run: Run, *, assemble: Assemble, metric: str = "pass@1", filter_name: str = "create_test", k: int = 1, on_program: OnProgram | None = None
+) -> dict[str, Any]:
     """The two lm-eval task entries that execute completions: a filter that runs them all, and the score of a problem.
 
-    The filter sees all documents at once, so `run` can work on many programs in parallel. A program is prompt,
-    completion and the document's tests; each outcome stays in the samples.
+    The filter sees all documents at once, so `run` can work on many programs in parallel. The code and the outcome of
+    each stay in the samples.
+
+    Args:
+        run: runs programs and gives their outcomes; `Sandbox.run_all`.
+        assemble: makes the program of a row and a response; see `assembler`.
+        metric, filter_name: as they appear in the task's headline.
+        on_program: called for each program when it has ended, in any order, before the filter returns.
     """
 
     def execute(responses: Sequence[Sequence[str]], docs: Sequence[Mapping[str, Any]]) -> list[list[dict[str, Any]]]:
-        responses, docs = list(responses), list(docs)
-        completed = [[doc["prompt"] + text for text in texts] for texts, doc in zip(responses, docs, strict=True)]
         programs = [
-            f"{code}\n{doc['test']}\ncheck({doc['entry_point']})"
-            for codes, doc in zip(completed, docs, strict=True)
-            for code in codes
+            [assemble(doc, text) for text in texts] for texts, doc in zip(list(responses), list(docs), strict=True)
         ]
-        outcomes = iter(run(programs))
-        return [[{"code": code, **asdict(next(outcomes))} for code in codes] for codes in completed]
+        flat = [program for several in programs for program in several]
+
+        def tell(index: int, outcome: Outcome) -> None:
+            if on_program is not None:
+                on_program({"index": index, "code": flat[index].code, **asdict(outcome)})
+
+        outcomes = iter(run(flat, tell))
+        return [[{"code": program.code, **asdict(next(outcomes))} for program in several] for several in programs]
 
     def score(doc: Mapping[str, Any], results: Sequence[Sequence[Mapping[str, Any]]]) -> dict[str, float]:
         runs = results[0]
         passed = sum(entry["verdict"] == "passed" for entry in runs)
-        return {f"pass@{k}": pass_at_k(len(runs), passed, k)}
+        return {metric: pass_at_k(len(runs), passed, k)}
 
     return {
-        "filter_list": [{"name": "create_test", "filter": [{"function": "custom", "filter_fn": execute}]}],
+        "filter_list": [{"name": filter_name, "filter": [{"function": "custom", "filter_fn": execute}]}],
         "process_results": score,
     }

@@ -4,14 +4,15 @@ import gzip
 import json
 import zlib
 from collections.abc import Iterator, Sequence
-from itertools import islice
 from pathlib import Path
 from typing import IO, Any
 
 from loramoe_train import paths
 from loramoe_train.errors import DataError
+from loramoe_train.files import sha256
 
 IN_PACKAGE = "package://"
+HIDDEN = (None, "", [], -1)  # what stands for an answer in a test split whose answers are kept back
 
 
 def data_folder(root: str) -> Path:
@@ -27,24 +28,31 @@ def find_file(folder: Path, name: str) -> Path | None:
     return next((folder / candidate for candidate in (name, other) if (folder / candidate).is_file()), None)
 
 
-def read_rows(path: Path, columns: Sequence[str], *, limit: int | None = None) -> list[dict[str, Any]]:
-    """The rows of a file (the first `limit` of them), each with at least these columns.
+def read_rows(path: Path, columns: Sequence[str], *, answer: str | None = None) -> list[dict[str, Any]]:
+    """The rows of a file, each with at least these columns, and with a value in the column `answer`.
 
     Raises:
-        DataError: naming file and line, where a line is no JSON object or lacks a column, or where nothing is left.
+        DataError: naming file and line, where a line is no JSON object, lacks a column or has its answer hidden, or
+            where nothing is left.
     """
-    rows = list(islice(_rows(path, columns), limit))
+    rows = list(_rows(path, columns, answer))
     if not rows:
         raise DataError(f"{path} holds no rows")
     return rows
 
 
-def _rows(path: Path, columns: Sequence[str]) -> Iterator[dict[str, Any]]:
+def describe_file(path: Path) -> dict[str, Any]:
+    """Which rows these are: the file's name, the SHA-256 of its bytes as they lie there, and its number of rows."""
+    with _open(path) as lines:
+        return {"file": str(path), "sha256": sha256(path), "rows": sum(bool(line.strip()) for line in lines)}
+
+
+def _rows(path: Path, columns: Sequence[str], answer: str | None) -> Iterator[dict[str, Any]]:
     with _open(path) as lines:
         try:
             for number, line in enumerate(lines, start=1):
                 if line.strip():
-                    yield _row(line, columns, f"{path}:{number}")
+                    yield _row(line, columns, answer, f"{path}:{number}")
         except (OSError, EOFError, UnicodeDecodeError, zlib.error) as error:
             raise DataError(f"{path} cannot be read: {error}") from None
 
@@ -55,7 +63,7 @@ def _open(path: Path) -> IO[str]:
     return path.open(encoding="utf-8")
 
 
-def _row(line: str, columns: Sequence[str], where: str) -> dict[str, Any]:
+def _row(line: str, columns: Sequence[str], answer: str | None, where: str) -> dict[str, Any]:
     try:
         row = json.loads(line)
     except json.JSONDecodeError as error:
@@ -68,5 +76,10 @@ def _row(line: str, columns: Sequence[str], where: str) -> dict[str, Any]:
     if missing:
         raise DataError(
             f"{where}: no column '{missing[0]}'; this benchmark reads {', '.join(columns)}, found {', '.join(row)}"
+        )
+    if answer is not None and row[answer] in HIDDEN:
+        raise DataError(
+            f"{where}: {answer} is {json.dumps(row[answer])}, so the answer is hidden; such rows cannot be scored, take"
+            " a split whose answers are public"
         )
     return row

@@ -25,4 +25,7 @@ class BenchmarkResult:
     version: str  # of the task definition
     seconds: float
     truncated: int  # requests whose prompt lost tokens on the left
+    # what was asked: split -> file, its SHA-256 and number of rows; or name and config of the hub's data set
+    data: dict[str, Any] = field(default_factory=dict)
     samples: list[dict[str, Any]] = field(default_factory=list, repr=False)  # one record per document
+    sandbox: str | None = None  # level of isolation in which the model's code was run; None where none was

@@ -29,12 +29,36 @@ SENTENCES = [
     {"sentence": "sat cat the", "label": 0, "idx": 1},
     {"sentence": "Dogs bark.", "label": 1, "idx": 2},
 ]
+SUMS = [
+    {"question": "Tom has 3 apples, buys 4. How many?", "answer": "3 + 4 = <<3+4=7>>7\n#### 7"},
+    {"question": "A pen costs $2. Ten?", "answer": "10 * 2 = $20\n#### 20"},
+    {"question": "Half of 1,000?", "answer": "1,000 / 2 = 500\n#### 500"},
+]
+FUNCTIONS = [
+    {
+        "task_id": f"HumanEval/{n}",
+        "prompt": f'def {name}(a, b):\n    """Return a {sign} b."""\n',
+        "canonical_solution": f"    return a {sign} b\n",
+        "test": f"def check(candidate):\n    assert candidate(5, 3) == {5 - 3 if sign == '-' else 8}\n",
+        "entry_point": name,
+    }
+    for n, (name, sign) in enumerate([("add", "+"), ("subtract", "-")])
+]
+PROGRAMS = [
+    {
+        "task_id": 11 + n,
+        "text": f"Write a function to add {n} to 'x'.",
+        "code": f"def plus(x):\r\n    return x + {n}",
+        "test_list": [f"assert plus({x}) == {x + n}" for x in (1, 2, 3)],
+        "test_setup_code": "",
+        "challenge_test_list": [],
+    }
+    for n in (4, 5)
+]
 LOCAL: dict[str, list[dict[str, Any]]] = {
-    "gsm8k": [
-        {"question": "Tom has 3 apples, buys 4. How many?", "answer": "3 + 4 = <<3+4=7>>7\n#### 7"},
-        {"question": "A pen costs $2. Ten?", "answer": "10 * 2 = $20\n#### 20"},
-        {"question": "Half of 1,000?", "answer": "1,000 / 2 = 500\n#### 500"},
-    ],
+    "gsm8k": SUMS,
+    "gsm8k_cot": SUMS,
+    "gsm8k_cot_zeroshot": SUMS,
     "medqa_4options": [
         {"question": "Which drug?", "options": dict(A="x", B="y mg", C="z", D="w"), "answer_idx": "C", "answer": "z"},
         {"question": "A 20-year-old?", "options": dict(A="1", B="2", C="3", D="4"), "answer_idx": "A", "answer": "1"},
@@ -46,6 +70,8 @@ LOCAL: dict[str, list[dict[str, Any]]] = {
     "rte": PAIRS,
     "arc_easy": ARC,
     "arc_challenge": ARC,
+    "arc_easy_chat": ARC,
+    "arc_challenge_chat": ARC,
     "boolq": [
         {"question": "is water wet", "passage": "Water is a liquid. It wets things.", "answer": True},
         {"question": "do cats fly", "passage": "Cats walk.", "answer": False},
@@ -75,15 +101,59 @@ LOCAL: dict[str, list[dict[str, Any]]] = {
         }
         for n, thing in enumerate(["a pupil", "fish", "money"])
     ],
-    "humaneval": [
+    "humaneval": FUNCTIONS,
+    "humaneval_instruct": FUNCTIONS,
+    "mbpp": PROGRAMS,
+    "mbpp_instruct": PROGRAMS,
+    "qqp": [
+        {"question1": "How do I cook rice?", "question2": "How is rice cooked?", "label": 1, "idx": 0},
+        {"question1": "What's a fox?", "question2": 'Where is "Fox"?', "label": 0, "idx": 1},
+        {"question1": "Is it far?", "question2": "How far is it?", "label": 0, "idx": 2},
+    ],
+    "social_iqa": [
         {
-            "task_id": f"HumanEval/{n}",
-            "prompt": f'def {name}(a, b):\n    """Return a {sign} b."""\n',
-            "canonical_solution": f"    return a {sign} b\n",
-            "test": f"def check(candidate):\n    assert candidate(5, 3) == {5 - 3 if sign == '-' else 8}\n",
-            "entry_point": name,
+            "context": f"{who} helped a friend.",
+            "question": f"How would {who} feel?",
+            "answerA": "proud",
+            "answerB": "it's sad",
+            "answerC": 'like "nobody"',
+            "label": label,
         }
-        for n, (name, sign) in enumerate([("add", "+"), ("subtract", "-")])
+        for who, label in (("Ann", "1"), ("Bo", "3"), ("Cem", "2"))
+    ],
+    "hellaswag": [
+        {
+            "activity_label": "Making tea",
+            "ctx_a": "A woman [laughing] boils water.  She waits.",
+            "ctx_b": "the Woman",
+            "endings": ["pours it. ", "sips [title] Enjoy it's taste", 'says "no"  twice', "\nleaves [step] the\nroom"],
+            "label": "2",
+        },
+        {
+            "activity_label": "Health",
+            "ctx_a": "[header] How to sleep [title] Go to bed. [step] Lie",
+            "ctx_b": "",
+            "endings": ["down [substeps] and rest. ", "up", "[unclosed", "  about"],
+            "label": "0",
+        },
+        {"activity_label": "X", "ctx_a": "He", "ctx_b": "runs", "endings": ["a", "b", "c", "d"], "label": "3"},
+    ],
+    "agieval_aqua_rat": [
+        {
+            "query": f"Q: Half of {n}? Answer Choices: (A)1 (B)2 (C)3 (D)4 (E)it's 5\nA: The answer is",
+            "choices": ["(A)1", "(B)2", "(C)3", "(D)4 or more", "(E)it's 5"],
+            "gold": [n // 2 - 1],
+        }
+        for n in (4, 8)
+    ],
+    "mmlu": [
+        {"question": " Which is a bone? ", "subject": "anatomy", "choices": ["it", "a rib", "x", "y"], "answer": 1},
+        {"question": "Who?", "subject": "high_school_us_history", "choices": ["A", "B", "C", "D"], "answer": 3},
+    ],
+    "scienceqa": [
+        {"image": None, "hint": "Look up.", "question": "What shines?", "choices": ["sun", "mud"], "answer": 0},
+        {"image": None, "hint": "", "question": "Which is alive?", "choices": ["a", "b", "c"], "answer": 2},
+        {"image": None, "hint": "", "question": "Which is far?", "choices": ["x", "y"], "answer": 1},
     ],
     "tiny_math": [{"question": f"Tom has {n}. How many?", "answer": f"{n} + 0 = {n}\n#### {n}"} for n in (3, 4, 5)],
     "tiny_code": [

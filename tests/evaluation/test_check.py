@@ -27,7 +27,7 @@ def refused(kind, *arguments, **config) -> str:
 def test_settles_files_shots_and_lengths(tmp_path):
     write_local(tmp_path, "gsm8k", LOCAL["gsm8k"] * 2)
     write_local(tmp_path, "cola")
-    selection = check_benchmarks(["gsm8k", "cola", "gsm8k"], EvalConfig(), str(tmp_path), 1024)
+    selection = check_benchmarks(["gsm8k", "cola"], EvalConfig(), str(tmp_path), 1024)
     gsm8k, cola = selection.planned
     # the file says .gz and the folder has the plain one
     assert gsm8k.files == {"test": tmp_path / "gsm8k" / "test.jsonl", "train": tmp_path / "gsm8k" / "train.jsonl"}
@@ -40,6 +40,36 @@ def test_unknown_benchmark():
     assert "'colla' is no known benchmark; did you mean 'cola'?" in refused(ConfigError, ["colla"], None)
 
 
+def test_an_empty_list():
+    assert "eval.tasks=[] names nothing to evaluate" in refused(ConfigError, [], None, tasks=[])
+    assert check_benchmarks([], EvalConfig(), None).planned == ()  # a mixture whose tasks have no benchmark
+
+
+@pytest.mark.parametrize(
+    ("names", "complaint"),
+    [
+        (["gsm8k", "cola", "gsm8k"], "gsm8k is named twice"),
+        (["gsm8k@2", "gsm8k@2"], "gsm8k@2 is named twice"),
+        (["gsm8k@5", "gsm8k"], "gsm8k@5 and gsm8k are the same: 5 examples each"),
+    ],
+)
+def test_a_benchmark_named_twice(tmp_path, names, complaint):
+    for name in ("gsm8k", "cola"):
+        write_local(tmp_path, name, LOCAL[name] * 2)
+    assert f"eval.tasks: {complaint}; leave one out" in refused(ConfigError, names, tmp_path)
+
+
+def test_one_benchmark_with_several_numbers_of_examples(tmp_path):
+    write_local(tmp_path, "gsm8k", LOCAL["gsm8k"] * 2)
+    names = ["gsm8k@0", "gsm8k@2", "gsm8k"]
+    planned = check_benchmarks(names, EvalConfig(num_fewshot=4), str(tmp_path)).planned
+    assert [(entry.benchmark.name, entry.num_fewshot, len(entry.files)) for entry in planned] == [
+        ("gsm8k@0", 0, 1),  # without examples the pool is not looked for
+        ("gsm8k@2", 2, 2),
+        ("gsm8k", 4, 2),
+    ]
+
+
 def test_code_is_skipped_unless_allowed(tmp_path):
     selection = check_benchmarks(["humaneval"], EvalConfig(), str(tmp_path))
     assert selection.planned == () and "eval.allow_code_execution=true" in selection.skipped["humaneval"]
@@ -48,7 +78,7 @@ def test_code_is_skipped_unless_allowed(tmp_path):
 def test_code_that_nothing_can_contain_is_refused(tmp_path, monkeypatch):
     write_local(tmp_path, "humaneval")
     sandbox.detect.cache_clear()
-    monkeypatch.setattr(sandbox, "_levels", lambda allow_weak: [])
+    monkeypatch.setattr(sandbox.levels, "possible_levels", lambda name: [])
     try:
         message = refused(ConfigError, ["humaneval"], tmp_path, allow_code_execution=True)
     finally:
@@ -62,7 +92,7 @@ def test_missing_file_names_it_and_the_command(tmp_path):
     assert "load_dataset('openai/gsm8k', 'main', split='test')" in message
 
 
-@pytest.mark.parametrize("name", ["gsm8k", "boolq", "medqa_4options"])
+@pytest.mark.parametrize("name", ["gsm8k", "boolq", "medqa_4options", "scienceqa"])
 def test_the_named_command_really_cures_it(tmp_path, monkeypatch, name):
     """Run what the message says, with the download replaced by rows in memory."""
     import datasets
@@ -129,6 +159,17 @@ def test_more_shots_than_the_pool(tmp_path):
     assert check_benchmarks(["gsm8k"], EvalConfig(num_fewshot=3), str(tmp_path)).planned
     message = refused(ConfigError, ["gsm8k"], tmp_path, num_fewshot=4)
     assert "eval.num_fewshot=4" in message and "has 3 rows" in message
+    assert "gsm8k@4 is more than gsm8k can draw" in refused(ConfigError, ["gsm8k@4"], tmp_path)
+
+
+@pytest.mark.parametrize("root", ["local", None])
+def test_more_shots_than_a_definition_brings_along(tmp_path, monkeypatch, root):
+    monkeypatch.setattr(check, "is_offline", lambda: False)
+    root = root and write_local(tmp_path, "gsm8k_cot")
+    assert check_benchmarks(["gsm8k_cot@8"], EvalConfig(), root and str(root)).planned[0].num_fewshot == 8
+    message = refused(ConfigError, ["gsm8k_cot"], root, num_fewshot=9)
+    assert message == "eval.num_fewshot=9 is more than gsm8k_cot can show: its definition has 8 examples"
+    assert "gsm8k_cot@9 is more than" in refused(ConfigError, ["gsm8k_cot@9"], root)
 
 
 def test_pool_that_lends_one_example_more(tmp_path):
@@ -156,6 +197,10 @@ def test_lengths_that_the_model_cannot_hold(tmp_path):
         ('{"sentence": "x", "label": 1', r"validation.jsonl:1: not valid JSON"),
         ("[1, 2]", r"validation.jsonl:1: expected a JSON object with the columns sentence, label"),
         ('\n{"text": "x", "label": 1}', r"validation.jsonl:2: no column 'sentence'.*found text, label"),
+        (
+            '{"sentence": "x", "label": 1}\n{"sentence": "y", "label": -1}',
+            r"jsonl:2: label is -1, so the answer",
+        ),
         ("\n\n", "holds no rows"),
     ],
 )
@@ -187,8 +232,10 @@ def test_stays_light():
 
 @pytest.mark.real
 def test_real_folder_serves_every_benchmark(shared_dir):
-    from loramoe_train.evaluation.tasks import known_benchmarks
+    from loramoe_train.evaluation.tasks import known_benchmarks, load_benchmark
 
-    names = [name for name in known_benchmarks() if not name.startswith("tiny_")]
-    selection = check_benchmarks(names, EvalConfig(), str(shared_dir / "data"))
-    assert [planned.benchmark.name for planned in selection.planned] == [name for name in names if name != "humaneval"]
+    known = [load_benchmark(name) for name in known_benchmarks() if not name.startswith("tiny_")]
+    names = [benchmark.name for benchmark in known if benchmark.checked_on == "real rows"]
+    config = EvalConfig(allow_code_execution=True)
+    selection = check_benchmarks(names, config, str(shared_dir / "data"))
+    assert [planned.benchmark.name for planned in selection.planned] == names and len(names) > 20

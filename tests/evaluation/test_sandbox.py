@@ -15,8 +15,9 @@ import pytest
 
 from loramoe_train.errors import ConfigError
 from loramoe_train.evaluation import sandbox
-from loramoe_train.evaluation.pass_at_k import code_scoring
-from loramoe_train.evaluation.sandbox import Limits, Sandbox, detect
+from loramoe_train.evaluation.pass_at_k import assembler, code_scoring
+from loramoe_train.evaluation.sandbox import Limits, Program, Sandbox, detect
+from loramoe_train.evaluation.tasks import load_benchmark
 from tests.evaluation.rows import LOCAL
 
 QUICK = Limits(wall_seconds=6.0, cpu_seconds=1)
@@ -201,7 +202,7 @@ def test_nobody_runs_it(box):
 
 
 def test_programs_run_in_parallel_and_in_order(box):
-    programs = [f"import time; time.sleep(0.4)\nassert {n} % 2 == 0, {n}" for n in range(6)]
+    programs = [Program("import time; time.sleep(0.4)", f"assert {n} % 2 == 0, {n}") for n in range(6)]
     alive: list[int] = []
     stop = threading.Event()
 
@@ -225,7 +226,8 @@ def test_programs_run_in_parallel_and_in_order(box):
 
 def run_problems(box: Sandbox, problems: list[dict[str, Any]], bodies: list[str]) -> list[float]:
     """pass@1 of each problem through the entries that the harness gives to lm-eval."""
-    entries = code_scoring(box.run_all)
+    benchmark = load_benchmark("humaneval")
+    entries = code_scoring(box.run_all, assemble=assembler(benchmark.code, benchmark.task["doc_to_target"]))
     (step,) = entries["filter_list"][0]["filter"]
     executed = step["filter_fn"]([[body] for body in bodies], problems)
     return [entries["process_results"](doc, [found])["pass@1"] for doc, found in zip(problems, executed, strict=True)]

@@ -1,0 +1,83 @@
+"""The order in which a child process gives up its rights, and then splits into judge and candidate."""
+
+import json
+import os
+import resource
+import signal
+import sys
+from pathlib import Path
+from typing import Any
+
+from loramoe_train.evaluation.sandbox.inside import landlock, namespaces, seccomp
+from loramoe_train.evaluation.sandbox.inside.candidate import serve
+from loramoe_train.evaluation.sandbox.inside.judge import Link, judge
+from loramoe_train.evaluation.sandbox.inside.kernel import SET_DUMPABLE, call, drop_capabilities, no_new_rights
+
+LIBRARIES = ["/usr", "/lib", "/lib32", "/lib64", "/etc/ld.so.cache", "/etc/localtime", "/dev/null", "/dev/urandom"]
+
+
+def main(settings: dict[str, Any]) -> None:
+    """Run the program of standard input, report on the descriptor `result`, and end. Never returns.
+
+    Settings: `level`, `user` (to become; None: stay who we are), `result`, `limits` (soft limits by name) and
+    `disk_bytes`. The program (JSON: code, tests) is read after the split, by the judge alone.
+    """
+    level, result = settings["level"], settings["result"]
+    os.closerange(3, result)
+    os.closerange(result + 1, 4096)
+    if level == "namespaces":
+        namespaces.enter(settings["inner_user"])
+        namespaces.build_root(settings["disk_bytes"])
+    questions, asked = os.pipe()
+    answered, answers = os.pipe()
+    hidden = settings["user"] is not None and level in ("seccomp", "user") and not _others_may_enter(sys.base_prefix)
+    if hidden:
+        namespaces.read_interpreter_by_descriptor()
+    if level == "seccomp":
+        landlock.restrict([*LIBRARIES, f"{sys.base_prefix}/lib"], [os.getcwd()])
+    if settings["user"] is not None:
+        os.setgroups([])
+        os.setresgid(settings["user"], settings["user"], settings["user"])
+        os.setresuid(settings["user"], settings["user"], settings["user"])
+    no_new_rights()
+    drop_capabilities()
+    # The candidate has the judge's user: it must not look into the judge. But who reads the interpreter by descriptor
+    # needs its own /proc/self; then it is Landlock that keeps the judge's out of reach, and on level "user" nothing
+    call("prctl", SET_DUMPABLE, int(hidden), 0, 0, 0)
+    process = os.fork()
+    for name, value in settings["limits"].items():
+        # one second between the signal and the end, so that the caller can tell a spent CPU limit from other deaths
+        resource.setrlimit(getattr(resource, name), (value, value + (name == "RLIMIT_CPU")))
+    if process == 0:
+        nothing, end = os.pipe()
+        os.dup2(nothing, 0)
+        for other in (nothing, end, asked, answered, result):
+            os.close(other)
+        _filter(settings)
+        serve(questions, answers)
+        os._exit(0)
+    for other in (questions, answers):
+        os.close(other)
+    signal.signal(signal.SIGPIPE, signal.SIG_IGN)
+    _filter(settings)
+    verdict = judge(Link(asked, answered), process, json.load(sys.stdin), settings["limits"]["RLIMIT_CPU"])
+    os.write(result, json.dumps({**verdict, "message": verdict["message"][:300]}).encode())
+    os._exit(0)
+
+
+def _others_may_enter(place: str) -> bool:
+    """Whether every user may enter a folder and all those above it."""
+    above = Path(place).resolve()
+    return all(folder.stat().st_mode & 1 for folder in (above, *above.parents))
+
+
+def _filter(settings: dict[str, Any]) -> None:
+    level = settings["level"]
+    files = "read" if level == "user" else "change"
+    if level == "seccomp" and landlock.version() < 3:
+        files = "no truncation"
+    try:
+        seccomp.install(files=files)
+    except OSError:
+        if level in ("seccomp", "user"):  # elsewhere it is a second wall behind the namespaces
+            raise
