@@ -29,8 +29,10 @@ def config_of(folder: Path, overrides: Sequence[str]) -> tuple[RunConfig, Path, 
     if not isinstance(values, dict):
         raise DataError(f"{adapter} stores no config in its manifest")
     values = {key: value for key, value in values.items() if key not in PLACES}  # a file does not say where to write
-    if isinstance(values.get("eval"), dict) and not is_typed("eval.allow_code_execution", overrides):
-        values["eval"] = {**values["eval"], "allow_code_execution": False}  # who trained may have allowed it to himself
+    if isinstance(values.get("eval"), dict):
+        for key in ("allow_code_execution", "again"):  # who trained may have wished it for himself, or for that time
+            if not is_typed(f"eval.{key}", overrides):
+                values["eval"] = {**values["eval"], key: False}
     try:
         refuse_untyped(values, overrides)
     except ConfigError as error:
@@ -94,7 +96,8 @@ def evaluate_folder(folder: Path, overrides: Sequence[str]) -> None:
     served = served_by(config, benchmark_names(config), tasks=manifest["tasks"], domains=manifest["domains"])
 
     from loramoe_train.models import load_tokenizer
-    from loramoe_train.run import evaluate_routed, finish, on_cpu, rebuild
+    from loramoe_train.run import evaluate_routed, on_cpu, rebuild
+    from loramoe_train.scoring import finish
     from loramoe_train.screen import quiet_libraries, screen
     from loramoe_train.training.accelerator import make_accelerator
 
@@ -102,7 +105,8 @@ def evaluate_folder(folder: Path, overrides: Sequence[str]) -> None:
     accelerator = make_accelerator(config.trainer.model_copy(update={"trackers": []}), out, cpu=on_cpu())
     routed = rebuild(config, adapter, manifest, device=accelerator.device)
     console = screen(stderr=True) if accelerator.is_main_process else None
-    outcome = evaluate_routed(config, routed, load_tokenizer(config.model), out, accelerator, console, served=served)
+    tokenizer, benchmarks = load_tokenizer(config.model), {"served": served, "adapter": adapter}
+    outcome = evaluate_routed(config, routed, tokenizer, out, accelerator, console, **benchmarks)
     if accelerator.is_main_process:
         earlier = _earlier_results(out)
         outcome["scores"] = {**earlier.get("scores", {}), **outcome["scores"]}

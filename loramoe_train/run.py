@@ -19,8 +19,8 @@ from loramoe_train.data.mixture import Mixture
 from loramoe_train.data.sampling import drawable
 from loramoe_train.data.stage import MixtureStage, check_batch_size
 from loramoe_train.errors import ConfigError
-from loramoe_train.evaluation.harness import compare
-from loramoe_train.evaluation.results import render_table, versions, write_results, write_samples
+from loramoe_train.evaluation.results import commit, versions
+from loramoe_train.evaluation.units import facts_sha256
 from loramoe_train.experts import adapters as adapter_files
 from loramoe_train.experts.compiled import compile_layers
 from loramoe_train.experts.mixed_block import try_blocks
@@ -35,8 +35,9 @@ from loramoe_train.models import (
     original_weights,
 )
 from loramoe_train.run_lock import alone_in
-from loramoe_train.rundir import PLACES, RESULTS, claim, default_run_dir, newest_checkpoint, released_on_failure
+from loramoe_train.rundir import PLACES, claim, default_run_dir, newest_checkpoint, released_on_failure
 from loramoe_train.schema.run import RunConfig
+from loramoe_train.scoring import base_facts, finish, score
 from loramoe_train.screen import quiet_libraries, screen
 from loramoe_train.serving import Served, check_same_origins, served_by
 from loramoe_train.settle import Settled, benchmark_names, settle
@@ -126,7 +127,8 @@ def _train_in(
             ready.parts.save_adapter(run_dir, ready.parts.adapter_tensors())
     mixture = {"tasks": ready.mixture.task_names, "domains": ready.mixture.domain_names}
     served = served_by(config, benchmark_names(config), **mixture) if config.eval.enabled else {}
-    outcome = evaluate_routed(config, ready.routed, ready.tokenizer, run_dir, accelerator, console, served=served)
+    benchmarks = {"served": served, "adapter": run_dir}
+    outcome = evaluate_routed(config, ready.routed, ready.tokenizer, run_dir, accelerator, console, **benchmarks)
     if state.is_main_process:
         extra = {"training": summary.plain(), "run_dir": str(run_dir), "command": sys.argv, **_recipe()}
         with _written(run_dir):
@@ -234,40 +236,45 @@ def evaluate_routed(
     console: Console | None,
     *,
     served: Mapping[str, Served],
+    adapter: Path,
 ) -> dict[str, Any]:
     """Benchmarks of the routed model and of its base, which is the same model with the experts switched off; where the
-    base itself was trained, with the weights that it had before.
+    base itself was trained, with the weights that it had before. What `folder` has of that already is taken from there.
 
-    `served`: benchmark -> whose experts answer it, where that matters.
+    `served`: benchmark -> whose experts answer it, where that matters. `adapter`: the folder of the model's adapter.
     """
     if not config.eval.enabled:
         return {"scores": {}, "skipped": {"all": "eval.enabled=false"}}
-    names = benchmark_names(config)
-    _say(console, f"evaluating {', '.join(names)}")
-
-    def keep(side: Any, result: Any) -> None:
-        if config.eval.save_samples and accelerator.is_main_process:
-            with _written(folder / "samples"):
-                write_samples(folder / "samples", result.name, side, result.samples)
-        _say(console, f"  {result.name} {side}: {result.score:.4f} ({result.seconds:.1f} s)")
 
     def as_base() -> AbstractContextManager[None]:
         return routed.context.override("off") if routed.layers else original_weights(routed.model, config.model)
 
-    return compare(
+    return score(
+        config,
         routed.model,
         tokenizer,
-        names,
-        config=config.eval,
-        data_root=config.data.root,
-        seed=config.seed,
+        benchmark_names(config),
+        folder,
+        facts=lambda name, side: _model_facts(config, tokenizer, adapter, served[name] if side == "tuned" else None),
+        accelerator=accelerator,
+        shared=not is_shared_out(routed.model),  # requests that are split over processes make unequal numbers of passes
+        console=console,
         base_mode=as_base,
         serving=lambda name: routed.context.serving(**served[name]),
         reading=routed.context.open if routed.context.reads_prompts else None,
-        # requests that are split over processes make unequal numbers of passes
-        accelerator=None if is_shared_out(routed.model) else accelerator,
-        on_result=keep,
     )
+
+
+def _model_facts(config: RunConfig, tokenizer: Any, adapter: Path, served: Served | None) -> dict[str, Any]:
+    """What decides the answers besides the question. `served`: of the tuned model for a benchmark; None: its base."""
+    facts = base_facts(config.model, tokenizer)
+    if served is None:
+        return facts
+    manifest, experts = adapter_files.read_manifest(adapter), config.experts.model_dump(mode="json")
+    deciding = {key: value for key, value in experts.items() if key not in ("form", "dropout", "adapters")}
+    routing = list(config.trainer.stages.values())[-1].routing
+    mixture = [deciding, config.router.model_dump(mode="json"), routing, served, manifest["sites"]]
+    return facts | {"adapter_sha256": manifest["weights_sha256"], "experts_sha256": facts_sha256(mixture)}
 
 
 def show_data(config: RunConfig, *, n: int = 2, ids: bool = False) -> None:
@@ -303,23 +310,8 @@ def _manifest_facts(config: RunConfig, mixture: Mixture, identity: dict[str, Any
         "domains": list(mixture.domain_names),
         "config": {key: value for key, value in config.plain().items() if key not in PLACES},
         "versions": versions(),
+        "commit": commit(),
     }
-
-
-def finish(config: RunConfig, run_dir: Path, outcome: dict[str, Any], seconds: float, extra: dict[str, Any]) -> None:
-    """Write results.json and show the table."""
-    results = write_results(
-        run_dir / RESULTS,
-        scores=outcome["scores"],
-        skipped=outcome["skipped"],
-        config=config.plain(),
-        seed=config.seed,
-        model=config.model.name,
-        wall_seconds=seconds,
-        extra=extra,
-    )
-    render_table(results, screen())
-    print(f"results: {run_dir / RESULTS}")
 
 
 def _written(place: Path) -> AbstractContextManager[None]:

@@ -1,0 +1,140 @@
+"""Scores a loaded model into a folder: unit by unit (see `evaluation/units.py`), so that a second start goes on."""
+
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any
+
+from accelerate.utils import broadcast_object_list
+from rich.console import Console
+
+from loramoe_train.evaluation.check import check_benchmarks
+from loramoe_train.evaluation.harness import BaseMode, Reading, Serving, compare
+from loramoe_train.evaluation.results import commit, render_table, write_results
+from loramoe_train.evaluation.state import max_positions
+from loramoe_train.evaluation.types import BenchmarkResult, Side
+from loramoe_train.evaluation.units import SAMPLES, Facts, facts_of, facts_sha256, reusable, task_facts, write_unit
+from loramoe_train.files import write_errors
+from loramoe_train.models import base_identity
+from loramoe_train.rundir import RESULTS
+from loramoe_train.schema.model import ModelConfig
+from loramoe_train.schema.run import RunConfig, ScoringConfig
+from loramoe_train.screen import screen
+
+Config = RunConfig | ScoringConfig
+CURE = "nothing that was trained or scored is lost; make room, and start the same command again (training: resume=auto)"
+
+
+def score(
+    config: Config,
+    model: Any,
+    tokenizer: Any,
+    names: Sequence[str],
+    folder: Path,
+    *,
+    facts: Callable[[str, Side], Facts],
+    accelerator: Any,
+    shared: bool = True,
+    console: Console | None,
+    base_mode: BaseMode | None,
+    serving: Serving = lambda benchmark: nullcontext(),
+    reading: Reading | None = None,
+    tuned: bool = True,
+) -> dict[str, Any]:
+    """`harness.compare`, with every unit written into `folder` as it comes, and those that are there already reused.
+
+    Args:
+        facts: what identifies the model that a side of a benchmark is answered by; asked on the main process alone.
+        shared: requests are split over the processes; False: every process answers all of them.
+
+    Each entry of `scores` also says what it was `made_with`: the facts of its tuned unit, or of its base one without.
+    """
+    selection = check_benchmarks(names, config.eval, config.data.root, max_positions(model))
+    found: dict[tuple[str, Side], BenchmarkResult] = {}
+    made_with: dict[tuple[str, Side], Facts] = {}
+    if accelerator.is_main_process:
+        sides: tuple[Side, ...] = ("tuned", "base") if tuned else ("base",)
+        for planned in selection.planned:
+            for side in sides:
+                unit = planned.benchmark.name, side
+                made_with[unit] = facts_of(task_facts(planned, config.eval), facts(*unit), config.seed)
+        found = {} if config.eval.again else _finished(folder / SAMPLES, made_with, config.eval.save_samples)
+    box = [found]
+    broadcast_object_list(box)  # every process must leave out the same
+    found = box[0]
+
+    def keep(side: Side, result: BenchmarkResult) -> None:
+        if accelerator.is_main_process:
+            with write_errors(str(folder / SAMPLES), CURE):
+                save = config.eval.save_samples
+                write_unit(folder / SAMPLES, side, result, made_with[result.name, side], save_samples=save)
+        _say(console, f"  {result.name} {side}: {result.score:.4f} ({result.seconds:.1f} s)")
+
+    def finished(name: str, side: Side) -> BenchmarkResult | None:
+        result = found.get((name, side))
+        if result is not None:
+            _say(console, f"  {name} {side}: {result.score:.4f} (finished before; eval.again=true scores it again)")
+        return result
+
+    _say(console, f"evaluating {', '.join(names)}")
+    outcome = compare(
+        model,
+        tokenizer,
+        names,
+        config=config.eval,
+        data_root=config.data.root,
+        seed=config.seed,
+        base_mode=base_mode,
+        serving=serving,
+        reading=reading,
+        accelerator=accelerator if shared else None,
+        on_result=keep,
+        finished=finished,
+        tuned=tuned,
+    )
+    for name, entry in outcome["scores"].items():
+        if accelerator.is_main_process:
+            entry["made_with"] = made_with[name, "tuned" if tuned else "base"] | {"commit": commit()}
+    return outcome
+
+
+def _finished(
+    folder: Path, made_with: Mapping[tuple[str, Side], Facts], save_samples: bool
+) -> dict[tuple[str, Side], BenchmarkResult]:
+    results = {unit: reusable(folder, *unit, facts, save_samples=save_samples) for unit, facts in made_with.items()}
+    return {unit: result for unit, result in results.items() if result is not None}
+
+
+def base_facts(config: ModelConfig, tokenizer: Any) -> Facts:
+    """What decides the answers of a base model besides the question."""
+    loaded = {key: getattr(config, key) for key in ("dtype", "quantization", "attention")}
+    return {"base": base_identity(config), "tokenizer_sha256": _tokenizer_sha256(tokenizer), **loaded}
+
+
+def _tokenizer_sha256(tokenizer: Any) -> str:
+    """Of what turns text into ids, and conversations into text."""
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    words = backend.to_str() if backend is not None else tokenizer.get_vocab()
+    special = {name: str(token) for name, token in tokenizer.special_tokens_map.items() if name != "pad_token"}
+    return facts_sha256([words, special, getattr(tokenizer, "chat_template", None)])
+
+
+def finish(config: Config, folder: Path, outcome: dict[str, Any], seconds: float, extra: dict[str, Any]) -> None:
+    """Write results.json and show the table."""
+    results = write_results(
+        folder / RESULTS,
+        scores=outcome["scores"],
+        skipped=outcome["skipped"],
+        config=config.plain(),
+        seed=config.seed,
+        model=config.model.name,
+        wall_seconds=seconds,
+        extra=extra,
+    )
+    render_table(results, screen())
+    print(f"results: {folder / RESULTS}")
+
+
+def _say(console: Console | None, text: str) -> None:
+    if console is not None:
+        console.print(text, highlight=False, soft_wrap=True)
