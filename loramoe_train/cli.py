@@ -25,6 +25,12 @@ from loramoe_train.schema.run import RunConfig
 from loramoe_train.training.signals import Terminated, end_on_signals, ignore_signals
 from loramoe_train.trust import guard_config_files, refuse_untyped
 
+COMPARE_HELP = """loramoe-compare RUN_A RUN_B [format=text|markdown|json] [metrics=headline|all]
+    two folders that a run or loramoe-eval wrote, benchmark by benchmark on the same documents: difference, 95 per cent
+    interval, p-value, the same corrected for the number of benchmarks (Holm), and whether it is within noise
+loramoe-compare RUN [...]
+    the base of a run and its tuned model"""
+
 Command = Callable[[RunConfig, dict[str, Any]], None]
 
 
@@ -83,6 +89,20 @@ def evaluate() -> None:
         from loramoe_train.reuse import evaluate_folder
 
         evaluate_folder(Path(arguments[0]), arguments[1:])
+
+    _guard(job)
+
+
+def compare() -> None:
+    """`loramoe-compare RUN_A [RUN_B]`: two evaluations document by document, with significance."""
+
+    def job() -> None:
+        if len(sys.argv) < 2 or sys.argv[1] in ("-h", "--help"):
+            print(COMPARE_HELP)
+            return
+        from loramoe_train.evaluation.compare_runs import show
+
+        show(sys.argv[1:])
 
     _guard(job)
 
