@@ -30,8 +30,8 @@ def standard_error(values: Sequence[Any], metric: str) -> float | None:
 
 def as_classes(values: Sequence[Any], metric: str) -> np.ndarray | None:
     """(gold, prediction) pairs of two classes as (n, 2) integers; None for another metric, or more classes."""
-    pairs = np.asarray(values, dtype=int)
-    return pairs if metric in SCORES and np.isin(pairs, (0, 1)).all() else None
+    pairs = np.asarray(values) if metric in SCORES else np.empty(0)
+    return pairs.astype(int) if pairs.ndim == 2 and np.isin(pairs, (0, 1)).all() else None
 
 
 def _mcc(right_no: np.ndarray, false_yes: np.ndarray, missed_yes: np.ndarray, right_yes: np.ndarray) -> np.ndarray:

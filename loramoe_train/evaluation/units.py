@@ -79,7 +79,8 @@ def read_unit(folder: Path, name: str, side: Side) -> Unit:
         result = BenchmarkResult(**{key: stored[key] for key in SCORED}, samples=documents)
         if result.name != name or len(documents) != result.n or not isinstance(result.score, int | float):
             raise ValueError(f"it holds {len(documents)} documents of {result.name}, and says {result.n} of {name}")
-        return Unit(result, dict(record["facts"]), record["commit"], record["samples_sha256"])
+        facts = {**record["facts"], **{key: dict(record["facts"][key]) for key in ("task", "versions")}}
+        return Unit(result, facts, record["commit"], record["samples_sha256"])
     except (KeyError, TypeError, ValueError) as error:
         raise DataError(f"{path} is damaged ({error}); evaluate again") from error
 
@@ -132,7 +133,9 @@ def document_hash(sample: Mapping[str, Any]) -> str:
 
 def _document(entry: Any, metric: str) -> dict[str, Any]:
     document = {key: entry[key] for key in ("doc_id", "hash", "metrics")}
-    document["metrics"][metric]  # noqa: B018  KeyError or TypeError where it lacks the headline
+    values = [document["metrics"][metric], *document["metrics"].values()]
+    if not all(isinstance(value, int | float | list | None) for value in values):
+        raise ValueError(f"document {entry['doc_id']} has a metric that is no number")
     return document
 
 

@@ -73,6 +73,8 @@ def test_without_samples_the_record_is_enough(folder):
         (lambda r: r["result"].pop("stderr"), "is damaged .*stderr"),
         (lambda r: r["result"].update(n=3), "it holds 2 documents of cola, and says 3 of cola"),
         (lambda r: r["documents"][1]["metrics"].pop("acc,none"), "is damaged .*acc,none"),
+        (lambda r: r["documents"][1]["metrics"].update({"mcc,none": "x"}), "document 1 has a metric that is no number"),
+        (lambda r: r["facts"].update(task=3), "is damaged"),
         (lambda r: r.update(documents=7), "is damaged"),
         (lambda r: r["result"].update(score=None), "is damaged"),
     ],
