@@ -8,7 +8,6 @@ from typing import Any
 import yaml
 
 from loramoe_train.errors import ConfigError, DataError
-from loramoe_train.experts.adapters import find_adapter, read_manifest
 from loramoe_train.paths import CONFIGS
 from loramoe_train.rundir import PLACES
 from loramoe_train.schema.run import RunConfig
@@ -23,6 +22,8 @@ def config_of(folder: Path, overrides: Sequence[str]) -> tuple[RunConfig, Path, 
 
     `KEY=VALUE` sets a key, `GROUP=OPTION` lays the option's file over the group.
     """
+    from loramoe_train.experts.adapters import find_adapter, read_manifest
+
     adapter = find_adapter(folder, "loramoe-eval")
     manifest = read_manifest(adapter)
     values = manifest.get("config")
@@ -59,6 +60,7 @@ def apply_overrides(values: dict[str, Any], overrides: Sequence[str]) -> dict[st
         try:
             if option.is_file():
                 layer = {key: yaml.safe_load(option.read_text(encoding="utf-8"))}
+                layer[key].pop("defaults", None)  # for Hydra: what the option is laid over is here already
             else:
                 layer = OmegaConf.to_container(OmegaConf.from_dotlist([f"{key}={value}"]), resolve=True)
         except (OmegaConfBaseException, yaml.YAMLError, RecursionError) as error:
@@ -108,13 +110,13 @@ def evaluate_folder(folder: Path, overrides: Sequence[str]) -> None:
     tokenizer, benchmarks = load_tokenizer(config.model), {"served": served, "adapter": adapter}
     outcome = evaluate_routed(config, routed, tokenizer, out, accelerator, console, **benchmarks)
     if accelerator.is_main_process:
-        earlier = _earlier_results(out)
+        earlier = earlier_results(out)
         outcome["scores"] = {**earlier.get("scores", {}), **outcome["scores"]}
         kept = {name: earlier[name] for name in KEPT if name in earlier}
         finish(config, out, outcome, time.perf_counter() - started, {**kept, "adapter": str(adapter)})
 
 
-def _earlier_results(folder: Path) -> dict[str, Any]:
+def earlier_results(folder: Path) -> dict[str, Any]:
     """What the folder's results.json holds already; scores of benchmarks that were not run again are kept."""
     from loramoe_train.evaluation.results import read_results
     from loramoe_train.rundir import RESULTS

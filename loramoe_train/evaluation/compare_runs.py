@@ -98,7 +98,8 @@ def _read(folder: Path, side: Side | None) -> Scored:
     """The wished side; without a wish the tuned one, or the base where nothing was tuned."""
     if not folder.is_dir():
         siblings = [entry.name for entry in folder.parent.iterdir() if entry.is_dir()] if folder.parent.is_dir() else []
-        raise MissingFileError(f"loramoe-compare: there is no folder {folder}{nearest(folder.name, siblings)}")
+        hint = nearest(folder.name, siblings).split("; known")[0]
+        raise MissingFileError(f"loramoe-compare: there is no folder {folder}{hint}")
     scores = read_results(folder)["scores"]
     if side is None:
         side = "tuned" if any(_number(score.get("tuned")) for score in scores.values()) else "base"
