@@ -19,7 +19,7 @@ from loramoe_train.data.mixture import Mixture
 from loramoe_train.data.sampling import drawable
 from loramoe_train.data.stage import MixtureStage, check_batch_size
 from loramoe_train.errors import ConfigError
-from loramoe_train.evaluation.results import commit, versions
+from loramoe_train.evaluation.results import commit, config_hash, versions
 from loramoe_train.evaluation.units import facts_sha256
 from loramoe_train.experts import adapters as adapter_files
 from loramoe_train.experts.compiled import compile_layers
@@ -117,6 +117,7 @@ def _train_in(
         seed=config.seed,
         resume=resume,
         changed=bool(config.resume_changes),
+        made_with=_made_with(config),
         console=console,
     )
     for task, cut in ready.mixture.truncated.items():
@@ -308,10 +309,25 @@ def _manifest_facts(config: RunConfig, mixture: Mixture, identity: dict[str, Any
         "base": identity,
         "tasks": list(mixture.task_names),
         "domains": list(mixture.domain_names),
-        "config": {key: value for key, value in config.plain().items() if key not in PLACES},
+        "config": _placeless(config),
         "versions": versions(),
         "commit": commit(),
     }
+
+
+def _made_with(config: RunConfig) -> dict[str, Any]:
+    """What every number of the log carries."""
+    return {
+        "config_hash": config_hash(_placeless(config)),
+        "seed": config.seed,
+        "versions": versions(),
+        "commit": commit(),
+    }
+
+
+def _placeless(config: RunConfig) -> dict[str, Any]:
+    """The config without where the run is and what it continues."""
+    return {key: value for key, value in config.plain().items() if key not in PLACES}
 
 
 def _written(place: Path) -> AbstractContextManager[None]:

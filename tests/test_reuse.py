@@ -169,6 +169,10 @@ def test_training_that_ended_in_its_evaluation_goes_on_there(tmp_path, units):
     train_run(config, settle(config))
     assert units == UNITS[2:]
     assert list(results(run_dir)["scores"]) == TASKS
+    (header,) = (line for line in map(json.loads, (run_dir / "metrics.jsonl").open()) if line["kind"] == "run")
+    assert (
+        header["step"] == 0 and header["versions"] == results(run_dir)["versions"] and len(header["config_hash"]) == 64
+    )
     stored = json.loads((run_dir / MANIFEST).read_text())
     assert stored["commit"] == results(run_dir)["commit"]
     assert yaml.safe_load((run_dir / "config.resolved.yaml").read_text())["eval"]["again"] is False
