@@ -13,7 +13,16 @@ from loramoe_train.evaluation.harness import BaseMode, Reading, Serving, compare
 from loramoe_train.evaluation.results import commit, render_table, write_results
 from loramoe_train.evaluation.state import max_positions
 from loramoe_train.evaluation.types import BenchmarkResult, Side
-from loramoe_train.evaluation.units import SAMPLES, Facts, facts_of, facts_sha256, reusable, task_facts, write_unit
+from loramoe_train.evaluation.units import (
+    SAMPLES,
+    Facts,
+    Unit,
+    facts_of,
+    facts_sha256,
+    reusable,
+    task_facts,
+    write_unit,
+)
 from loramoe_train.files import write_errors
 from loramoe_train.models import base_identity
 from loramoe_train.rundir import RESULTS
@@ -47,21 +56,21 @@ def score(
         facts: what identifies the model that a side of a benchmark is answered by; asked on the main process alone.
         shared: requests are split over the processes; False: every process answers all of them.
 
-    Each entry of `scores` also says what it was `made_with`: the facts of its tuned unit, or of its base one without.
+    Each entry of `scores` also says what it was `made_with`: the facts of its units, and the commit of each.
     """
     selection = check_benchmarks(names, config.eval, config.data.root, max_positions(model))
-    found: dict[tuple[str, Side], BenchmarkResult] = {}
     made_with: dict[tuple[str, Side], Facts] = {}
+    box: list[dict[tuple[str, Side], Unit]] = [{}]
     if accelerator.is_main_process:
         sides: tuple[Side, ...] = ("tuned", "base") if tuned else ("base",)
         for planned in selection.planned:
             for side in sides:
                 unit = planned.benchmark.name, side
                 made_with[unit] = facts_of(task_facts(planned, config.eval), facts(*unit), config.seed)
-        found = {} if config.eval.again else _finished(folder / SAMPLES, made_with, config.eval.save_samples)
-    box = [found]
+        if not config.eval.again:
+            box = [_finished(folder / SAMPLES, made_with, config.eval.save_samples)]
     broadcast_object_list(box)  # every process must leave out the same
-    found = box[0]
+    (found,) = box
 
     def keep(side: Side, result: BenchmarkResult) -> None:
         if accelerator.is_main_process:
@@ -71,10 +80,11 @@ def score(
         _say(console, f"  {result.name} {side}: {result.score:.4f} ({result.seconds:.1f} s)")
 
     def finished(name: str, side: Side) -> BenchmarkResult | None:
-        result = found.get((name, side))
-        if result is not None:
-            _say(console, f"  {name} {side}: {result.score:.4f} (finished before; eval.again=true scores it again)")
-        return result
+        unit = found.get((name, side))
+        if unit is None:
+            return None
+        _say(console, f"  {name} {side}: {unit.result.score:.4f} (finished before; eval.again=true scores it again)")
+        return unit.result
 
     _say(console, f"evaluating {', '.join(names)}")
     outcome = compare(
@@ -92,17 +102,23 @@ def score(
         finished=finished,
         tuned=tuned,
     )
-    for name, entry in outcome["scores"].items():
-        if accelerator.is_main_process:
-            entry["made_with"] = made_with[name, "tuned" if tuned else "base"] | {"commit": commit()}
+    if accelerator.is_main_process:
+        own = commit()
+        for name, entry in outcome["scores"].items():
+            units = {side: facts for (of, side), facts in made_with.items() if of == name and entry[side] is not None}
+            entry["made_with"] = {
+                **next(iter(units.values())),
+                "model": {side: facts["model"] for side, facts in units.items()},
+                "commit": {side: found[name, side].commit if (name, side) in found else own for side in units},
+            }
     return outcome
 
 
 def _finished(
     folder: Path, made_with: Mapping[tuple[str, Side], Facts], save_samples: bool
-) -> dict[tuple[str, Side], BenchmarkResult]:
-    results = {unit: reusable(folder, *unit, facts, save_samples=save_samples) for unit, facts in made_with.items()}
-    return {unit: result for unit, result in results.items() if result is not None}
+) -> dict[tuple[str, Side], Unit]:
+    units = {unit: reusable(folder, *unit, facts, save_samples=save_samples) for unit, facts in made_with.items()}
+    return {key: unit for key, unit in units.items() if unit is not None}
 
 
 def base_facts(config: ModelConfig, tokenizer: Any) -> Facts:

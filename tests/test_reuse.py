@@ -12,6 +12,7 @@ from safetensors.torch import load_file, save_file
 
 from loramoe_train import scoring
 from loramoe_train.build import attach
+from loramoe_train.errors import MissingFileError
 from loramoe_train.experts.adapters import MANIFEST, WEIGHTS, save_adapter
 from loramoe_train.files import sha256, write_json
 from loramoe_train.models import base_identity, load_model
@@ -150,10 +151,43 @@ def test_scores_say_what_they_were_made_with(whole):
     for name, entry in results(whole)["scores"].items():
         made = entry["made_with"]
         assert made["task"]["limit"] == 4 and made["seed"] == 0 and len(made["task"]["definition_sha256"]) == 64
-        assert made["versions"]["lm_eval"] and "commit" in made and len(made["model"]["adapter_sha256"]) == 64
-        assert made["model"]["base"]["name"] == "tiny" and len(made["model"]["base"]["weights_sha256"]) == 64
+        assert made["versions"]["lm_eval"] and made["commit"] == dict.fromkeys(
+            ("tuned", "base"), results(whole)["commit"]
+        )
+        base, tuned = made["model"]["base"], made["model"]["tuned"]
+        assert base["base"]["name"] == "tiny" and len(base["base"]["weights_sha256"]) == 64
+        assert base.items() < tuned.items() and len(tuned["adapter_sha256"]) == 64
         low, high = entry["difference_interval"]
         assert low <= entry["difference"] <= high and 0 <= entry["p_value"] <= 1, name
+
+
+def test_a_score_names_the_commit_that_it_was_made_at(copied, units, monkeypatch):
+    monkeypatch.setattr("loramoe_train.evaluation.units.commit", lambda: "older")
+    units.kill_at = 3
+    with pytest.raises(Killed):
+        evaluate_folder(copied, ASKED)
+    monkeypatch.undo()
+    evaluate_folder(copied, ASKED)
+    found = results(copied)
+    now = found["commit"]
+    assert found["scores"][TASKS[0]]["made_with"]["commit"] == {"tuned": "older", "base": "older"}
+    assert found["scores"][TASKS[1]]["made_with"]["commit"] == {"tuned": now, "base": now}
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"path": "/gone/away"}, "model.path=/gone/away: there is no such folder"),
+        ({"name": "o/n"}, "o/n: config.json is not"),
+    ],
+)
+def test_a_base_that_is_absent_is_told_before_anything_is_loaded(copied, change, words, monkeypatch):
+    monkeypatch.setattr("loramoe_train.run.load_model", lambda *_, **__: pytest.fail("a model was loaded"))
+    manifest = json.loads((copied / MANIFEST).read_text())
+    manifest["config"]["model"].update(change)
+    write_json(copied / MANIFEST, manifest)
+    with pytest.raises(MissingFileError, match=words):
+        evaluate_folder(copied, ASKED)
 
 
 def test_training_that_ended_in_its_evaluation_goes_on_there(tmp_path, units):

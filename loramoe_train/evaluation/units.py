@@ -85,8 +85,8 @@ def read_unit(folder: Path, name: str, side: Side) -> Unit:
         raise DataError(f"{path} is damaged ({error}); evaluate again") from error
 
 
-def reusable(folder: Path, name: str, side: Side, facts: Facts, *, save_samples: bool) -> BenchmarkResult | None:
-    """The unit's result if it was made under the same facts and, where they are wished for, its samples are whole."""
+def reusable(folder: Path, name: str, side: Side, facts: Facts, *, save_samples: bool) -> Unit | None:
+    """The unit if it was made under the same facts and, where they are wished for, its samples are whole."""
     try:
         unit = read_unit(folder, name, side)
         samples = _samples(folder, name, side)
@@ -94,7 +94,7 @@ def reusable(folder: Path, name: str, side: Side, facts: Facts, *, save_samples:
             return None
     except (LoramoeError, OSError):  # absent or damaged: it is made again
         return None
-    return unit.result if unit.facts == json.loads(json.dumps(facts)) else None
+    return unit if unit.facts == json.loads(json.dumps(facts)) else None
 
 
 def task_facts(planned: Planned, config: EvalConfig) -> Facts:

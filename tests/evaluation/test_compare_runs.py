@@ -13,6 +13,7 @@ from loramoe_train.evaluation.comparison import paired_score
 from loramoe_train.evaluation.results import write_results
 from loramoe_train.evaluation.types import BenchmarkResult
 from loramoe_train.evaluation.units import facts_of, write_unit
+from tests.cli import check_refused, run_cli
 
 TASK = {"definition_sha256": "d", "limit": None, "num_fewshot": 0, "chat_template": False, "data": {"test": "x"}}
 RIGHT = [1.0] * 10 + [0.0] * 10
@@ -190,6 +191,13 @@ def test_bad_input_is_one_line(a, b, tmp_path):
 def test_arguments(arguments, words):
     with pytest.raises(ConfigError, match=words):
         show(arguments)
+
+
+def test_the_command(a, b):
+    done = run_cli("compare", str(a), str(b), cwd=a.parent)
+    assert done.returncode == 0 and "B is better" in done.stdout, done.stderr
+    check_refused(run_cli("compare", str(a), str(a), cwd=a.parent), 2, "are the same run")
+    check_refused(run_cli("eval", "nowhere", cwd=a.parent), 3, "there is no nowhere")
 
 
 def test_how_it_reads(a, b, capsys, monkeypatch):

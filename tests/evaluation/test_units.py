@@ -37,7 +37,7 @@ def test_a_unit_comes_back(folder):
     assert [s["metrics"] for s in unit.result.samples] == [s["metrics"] for s in made.samples]
     assert [s["hash"] for s in unit.result.samples] == [document_hash(s) for s in made.samples]
     assert {path.name for path in folder.iterdir()} == {"cola.tuned.json", "cola.tuned.jsonl"}
-    assert reusable(folder, "cola", "tuned", FACTS, save_samples=True) == unit.result
+    assert reusable(folder, "cola", "tuned", FACTS, save_samples=True) == unit
 
 
 @pytest.mark.parametrize("change", ["facts", "side", "samples gone", "samples changed", "record cut", "no record"])
@@ -62,7 +62,7 @@ def test_without_samples_the_record_is_enough(folder):
     assert (folder / "cola.tuned.jsonl").is_file()
     write_unit(folder, "tuned", make_result(), FACTS, save_samples=False)
     assert not (folder / "cola.tuned.jsonl").exists(), "samples of another evaluation beside this record"
-    assert reusable(folder, "cola", "tuned", FACTS, save_samples=False).score == 0.5
+    assert reusable(folder, "cola", "tuned", FACTS, save_samples=False).result.score == 0.5
     assert reusable(folder, "cola", "tuned", FACTS, save_samples=True) is None  # now they are wished for
 
 
