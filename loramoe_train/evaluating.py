@@ -177,7 +177,7 @@ def _evaluate(config: ScoringConfig, out: Path, shown: str, peft: Adapter | None
     from loramoe_train.models import load_model, load_tokenizer, meta_model
     from loramoe_train.run import on_cpu
     from loramoe_train.schema.trainer import TrainerConfig
-    from loramoe_train.scoring import base_facts, finish, score
+    from loramoe_train.scoring import base_facts, finish, merged, score
     from loramoe_train.screen import quiet_libraries, screen
     from loramoe_train.training.accelerator import make_accelerator
 
@@ -206,7 +206,7 @@ def _evaluate(config: ScoringConfig, out: Path, shown: str, peft: Adapter | None
         tuned=peft is not None,
     )
     if accelerator.is_main_process:
-        outcome["scores"] = {**earlier.get("scores", {}), **outcome["scores"]}
+        outcome["scores"] = merged(earlier.get("scores", {}), outcome["scores"])
         finish(config, out, outcome, time.perf_counter() - started, {"evaluated": shown})
 
 

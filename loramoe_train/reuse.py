@@ -60,7 +60,8 @@ def apply_overrides(values: dict[str, Any], overrides: Sequence[str]) -> dict[st
         try:
             if option.is_file():
                 layer = {key: yaml.safe_load(option.read_text(encoding="utf-8"))}
-                layer[key].pop("defaults", None)  # for Hydra: what the option is laid over is here already
+                if isinstance(layer[key], dict):
+                    layer[key].pop("defaults", None)  # for Hydra: what the option is laid over is here already
             else:
                 layer = OmegaConf.to_container(OmegaConf.from_dotlist([f"{key}={value}"]), resolve=True)
         except (OmegaConfBaseException, yaml.YAMLError, RecursionError) as error:
@@ -90,6 +91,8 @@ def evaluate_folder(folder: Path, overrides: Sequence[str]) -> None:
     if not config.eval.enabled:
         config = config.model_copy(update={"eval": config.eval.model_copy(update={"enabled": True})})
 
+    earlier = earlier_results(out)
+
     from loramoe_train.serving import served_by
     from loramoe_train.settle import benchmark_names, settle
 
@@ -99,7 +102,7 @@ def evaluate_folder(folder: Path, overrides: Sequence[str]) -> None:
 
     from loramoe_train.models import load_tokenizer
     from loramoe_train.run import evaluate_routed, on_cpu, rebuild
-    from loramoe_train.scoring import finish
+    from loramoe_train.scoring import finish, merged
     from loramoe_train.screen import quiet_libraries, screen
     from loramoe_train.training.accelerator import make_accelerator
 
@@ -110,15 +113,17 @@ def evaluate_folder(folder: Path, overrides: Sequence[str]) -> None:
     tokenizer, benchmarks = load_tokenizer(config.model), {"served": served, "adapter": adapter}
     outcome = evaluate_routed(config, routed, tokenizer, out, accelerator, console, **benchmarks)
     if accelerator.is_main_process:
-        earlier = earlier_results(out)
-        outcome["scores"] = {**earlier.get("scores", {}), **outcome["scores"]}
+        outcome["scores"] = merged(earlier.get("scores", {}), outcome["scores"])
         kept = {name: earlier[name] for name in KEPT if name in earlier}
         finish(config, out, outcome, time.perf_counter() - started, {**kept, "adapter": str(adapter)})
 
 
 def earlier_results(folder: Path) -> dict[str, Any]:
-    """What the folder's results.json holds already; scores of benchmarks that were not run again are kept."""
+    """What the folder's results.json holds already, for `scoring.merged`. DataError where it cannot be read."""
     from loramoe_train.evaluation.results import read_results
     from loramoe_train.rundir import RESULTS
 
-    return read_results(folder / RESULTS) if (folder / RESULTS).is_file() else {}
+    try:
+        return read_results(folder / RESULTS) if (folder / RESULTS).is_file() else {}
+    except DataError as error:
+        raise DataError(f"{error}, after removing it") from error

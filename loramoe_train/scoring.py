@@ -29,6 +29,7 @@ from loramoe_train.rundir import RESULTS
 from loramoe_train.schema.model import ModelConfig
 from loramoe_train.schema.run import RunConfig, ScoringConfig
 from loramoe_train.screen import screen
+from loramoe_train.trust import value_at
 
 Config = RunConfig | ScoringConfig
 CURE = "nothing that was trained or scored is lost; make room, and start the same command again (training: resume=auto)"
@@ -119,6 +120,25 @@ def _finished(
 ) -> dict[tuple[str, Side], Unit]:
     units = {unit: reusable(folder, *unit, facts, save_samples=save_samples) for unit, facts in made_with.items()}
     return {key: unit for key, unit in units.items() if unit is not None}
+
+
+def merged(earlier: Mapping[str, Any], scores: Mapping[str, Any]) -> dict[str, Any]:
+    """Scores that a folder had of other benchmarks stay beside the new ones, unless other weights made them."""
+    new = {weights for entry in scores.values() for weights in _weights(entry)}
+    replaced = {side for side, *_ in new}
+    kept = {
+        name: entry for name, entry in earlier.items() if all(w in new or w[0] not in replaced for w in _weights(entry))
+    }
+    return {**kept, **scores}
+
+
+def _weights(entry: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """Side of a score, and base and adapter that it came from; nothing where an older version wrote it."""
+    models = value_at(entry, "made_with.model")
+    if not isinstance(models, Mapping):
+        return []
+    keys = ("base.weights_sha256", "adapter_sha256")
+    return [(side, str([value_at(facts, key) for key in keys])) for side, facts in models.items()]
 
 
 def base_facts(config: ModelConfig, tokenizer: Any) -> Facts:

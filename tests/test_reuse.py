@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 
 from loramoe_train import scoring
 from loramoe_train.build import attach
-from loramoe_train.errors import MissingFileError
+from loramoe_train.errors import DataError, MissingFileError
 from loramoe_train.experts.adapters import MANIFEST, WEIGHTS, save_adapter
 from loramoe_train.files import sha256, write_json
 from loramoe_train.models import base_identity, load_model
@@ -82,6 +82,13 @@ def whole(adapter: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return out
 
 
+def change_weights(folder: Path) -> None:
+    weights = load_file(folder / WEIGHTS)
+    save_file({name: tensor * 0.5 for name, tensor in weights.items()}, folder / WEIGHTS)
+    manifest = json.loads((folder / MANIFEST).read_text())
+    write_json(folder / MANIFEST, manifest | {"weights_sha256": sha256(folder / WEIGHTS)})
+
+
 def results(folder: Path) -> dict[str, Any]:
     """results.json without what the clock and the place decide."""
     found = json.loads((folder / "results.json").read_text())
@@ -125,17 +132,32 @@ def test_what_decides_a_score_decides_whether_it_is_asked_again(copied, units):
             assert results(copied) == first
     assert {entry["n"] for entry in results(copied)["scores"].values()} == {3}
     units.clear()
-    weights = load_file(copied / WEIGHTS)
-    save_file({name: tensor * 0.5 for name, tensor in weights.items()}, copied / WEIGHTS)
+    change_weights(copied)
     manifest = json.loads((copied / MANIFEST).read_text())
-    write_json(copied / MANIFEST, manifest | {"weights_sha256": sha256(copied / WEIGHTS)})
     evaluate_folder(copied, [*ASKED, "eval.limit=3", "seed=5"])
     assert units == [unit for unit in UNITS if unit[1] == "tuned"], "the base is the same"
     units.clear()
     manifest["sites"][0]["scales"] = [9.0]
-    write_json(copied / MANIFEST, manifest | {"weights_sha256": sha256(copied / WEIGHTS)})
+    write_json(copied / MANIFEST, manifest)
     evaluate_folder(copied, [*ASKED, "eval.limit=3", "seed=5"])
     assert units == [unit for unit in UNITS if unit[1] == "tuned"], "another scale with the same weights"
+
+
+def test_scores_of_other_weights_do_not_stay_beside_new_ones(adapter, tmp_path):
+    """Two adapters into one folder; the first's benchmark stays only as long as its weights do."""
+    other = Path(shutil.copytree(adapter, tmp_path / "other"))
+    change_weights(other)
+    out = f"run_dir={tmp_path}/out"
+    for folder, task, names in [(adapter, 0, [0]), (adapter, 1, [0, 1]), (other, 1, [1])]:
+        evaluate_folder(folder, ["eval.limit=2", f"eval.tasks=[{TASKS[task]}]", out])
+        assert list(results(tmp_path / "out")["scores"]) == [TASKS[name] for name in names]
+
+
+def test_results_that_cannot_be_read_are_told_before_anything_is_loaded(copied, monkeypatch):
+    monkeypatch.setattr("loramoe_train.run.load_model", lambda *_, **__: pytest.fail("a model was loaded"))
+    (copied / "results.json").write_text('{"scores": {')
+    with pytest.raises(DataError, match="is not a readable results file .*; evaluate again, after removing it"):
+        evaluate_folder(copied, ASKED)
 
 
 def test_without_samples_paired_errors_are_the_same(copied, whole, units):

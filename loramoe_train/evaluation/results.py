@@ -87,10 +87,10 @@ def read_results(path: str | Path) -> dict[str, Any]:
     except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
         raise DataError(f"{path} is not a readable results file ({error}); evaluate again") from None
     if not isinstance(content, dict) or not isinstance(content.get("scores"), dict):
-        raise DataError(f"{path} is not a results file: it has no 'scores'")
+        raise DataError(f"{path} is not a results file: it has no 'scores'; evaluate again")
     for name, score in content["scores"].items():
         if not isinstance(score, dict) or not any(isinstance(score.get(s), int | float) for s in ("tuned", "base")):
-            raise DataError(f"{path}: scores.{name} has no number 'tuned' or 'base'")
+            raise DataError(f"{path}: scores.{name} has no number 'tuned' or 'base'; evaluate again")
     return content
 
 

@@ -79,9 +79,14 @@ def read_unit(folder: Path, name: str, side: Side) -> Unit:
         result = BenchmarkResult(**{key: stored[key] for key in SCORED}, samples=documents)
         if result.name != name or len(documents) != result.n or not isinstance(result.score, int | float):
             raise ValueError(f"it holds {len(documents)} documents of {result.name}, and says {result.n} of {name}")
+        numbers = (result.seconds, result.truncated, *result.metrics.values(), *result.stderrs.values())
+        if result.metrics.keys() != result.stderrs.keys() or not all(
+            isinstance(x, int | float | None) for x in numbers
+        ):
+            raise ValueError("something that must be a number is none")
         facts = {**record["facts"], **{key: dict(record["facts"][key]) for key in ("task", "versions")}}
         return Unit(result, facts, record["commit"], record["samples_sha256"])
-    except (KeyError, TypeError, ValueError) as error:
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise DataError(f"{path} is damaged ({error}); evaluate again") from error
 
 
