@@ -25,6 +25,12 @@ FORMAT, VERSION = "loramoe_train.unit", 1
 SAMPLES = "samples"  # folder below that of results.json
 SCORED = tuple(field.name for field in fields(BenchmarkResult) if field.name != "samples")
 Facts = dict[str, Any]
+# keys of `eval` that decide no score, or whose settled value stands among the facts
+NOT_DECIDING = frozenset(
+    "enabled tasks serve_as base num_fewshot batch_size generation_batch_size max_new_tokens save_samples again"
+    " allow_code_execution".split()
+)
+OF_CODE = frozenset(("sandbox", "code"))  # decide where what the model wrote is run
 
 
 @dataclass(frozen=True)
@@ -103,19 +109,20 @@ def reusable(folder: Path, name: str, side: Side, facts: Facts, *, save_samples:
 
 
 def task_facts(planned: Planned, config: EvalConfig) -> Facts:
-    """What decides the prompts of a benchmark and how answers are scored; not the batch sizes."""
+    """What decides the prompts of a benchmark and how answers are scored: a key of `eval` does unless it is known not
+    to, so that a new one repeats too much rather than too little."""
     benchmark = planned.benchmark
+    idle = NOT_DECIDING if benchmark.executes_code else NOT_DECIDING | OF_CODE
+    deciding = {key: value for key, value in config.model_dump(mode="json").items() if key not in idle}
     data: Facts = {split: _rows_sha256(path) for split, path in (planned.files or {}).items()}
     if planned.files is None and benchmark.hub is not None:
         data = {"hub": benchmark.hub.name, "config": benchmark.hub.config}
     return {
         "definition_sha256": facts_sha256(benchmark.model_dump(mode="json")),
         "data": data,
-        "limit": config.limit,
         "num_fewshot": planned.num_fewshot,
         "new_tokens": planned.new_tokens,
-        "max_length": config.max_length,
-        "chat_template": config.chat_template,
+        **deciding,
     }
 
 

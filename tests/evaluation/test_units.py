@@ -8,7 +8,16 @@ import pytest
 from loramoe_train.errors import DataError, MissingFileError
 from loramoe_train.evaluation.check import check_benchmarks
 from loramoe_train.evaluation.types import BenchmarkResult
-from loramoe_train.evaluation.units import document_hash, facts_of, read_unit, reusable, task_facts, write_unit
+from loramoe_train.evaluation.units import (
+    NOT_DECIDING,
+    OF_CODE,
+    document_hash,
+    facts_of,
+    read_unit,
+    reusable,
+    task_facts,
+    write_unit,
+)
 from loramoe_train.schema.evaluation import EvalConfig
 from tests.evaluation.rows import write_local
 
@@ -113,6 +122,7 @@ def test_what_decides_a_score(tmp_path):
 
     plain = facts(num_fewshot=0)
     assert plain == facts(num_fewshot=0, batch_size=1, generation_batch_size=2, save_samples=False, again=True)
+    assert set(EvalConfig.model_fields) - NOT_DECIDING - OF_CODE <= plain.keys() - OF_CODE
     changed = [{"limit": 1}, {"num_fewshot": 1}, {"max_new_tokens": 9}, {"max_length": 999}, {"chat_template": True}]
     for change in changed:
         assert facts(**{"num_fewshot": 0, **change}) != plain, change
