@@ -2,9 +2,10 @@
 
 import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,8 @@ from loramoe_train.data.sampling import drawable
 from loramoe_train.data.stage import MixtureStage, check_batch_size
 from loramoe_train.errors import ConfigError
 from loramoe_train.evaluation.results import commit, config_hash, versions
-from loramoe_train.evaluation.units import facts_sha256
+from loramoe_train.evaluation.types import Side
+from loramoe_train.evaluation.units import Facts, facts_sha256
 from loramoe_train.experts import adapters as adapter_files
 from loramoe_train.experts.compiled import compile_layers
 from loramoe_train.experts.mixed_block import try_blocks
@@ -256,7 +258,7 @@ def evaluate_routed(
         tokenizer,
         benchmark_names(config),
         folder,
-        facts=lambda name, side: _model_facts(config, tokenizer, adapter, served[name] if side == "tuned" else None),
+        facts=_model_facts(config, tokenizer, adapter, served),
         accelerator=accelerator,
         shared=not is_shared_out(routed.model),  # requests that are split over processes make unequal numbers of passes
         console=console,
@@ -266,16 +268,29 @@ def evaluate_routed(
     )
 
 
-def _model_facts(config: RunConfig, tokenizer: Any, adapter: Path, served: Served | None) -> dict[str, Any]:
-    """What decides the answers besides the question. `served`: of the tuned model for a benchmark; None: its base."""
-    facts = base_facts(config.model, tokenizer)
-    if served is None:
-        return facts
-    manifest, experts = adapter_files.read_manifest(adapter), config.experts.model_dump(mode="json")
-    deciding = {key: value for key, value in experts.items() if key not in ("form", "dropout", "adapters")}
-    routing = list(config.trainer.stages.values())[-1].routing
-    mixture = [deciding, config.router.model_dump(mode="json"), routing, served, manifest["sites"]]
-    return facts | {"adapter_sha256": manifest["weights_sha256"], "experts_sha256": facts_sha256(mixture)}
+def _model_facts(
+    config: RunConfig, tokenizer: Any, adapter: Path, served: Mapping[str, Served]
+) -> Callable[[str, Side], Facts]:
+    """What decides the answers of a side to a benchmark besides the questions; read when it is first asked for."""
+
+    @cache
+    def of_base() -> Facts:
+        return base_facts(config.model, tokenizer)
+
+    @cache
+    def of_adapter() -> tuple[str, list[Any]]:
+        manifest, experts = adapter_files.read_manifest(adapter), config.experts.model_dump(mode="json")
+        experts = {key: value for key, value in experts.items() if key not in ("form", "dropout", "adapters")}
+        routing = list(config.trainer.stages.values())[-1].routing
+        return manifest["weights_sha256"], [experts, config.router.model_dump(mode="json"), routing, manifest["sites"]]
+
+    def facts(name: str, side: Side) -> Facts:
+        if side == "base":
+            return of_base()
+        weights, mixture = of_adapter()
+        return of_base() | {"adapter_sha256": weights, "experts_sha256": facts_sha256([*mixture, served[name]])}
+
+    return facts
 
 
 def show_data(config: RunConfig, *, n: int = 2, ids: bool = False) -> None:

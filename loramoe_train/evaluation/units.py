@@ -44,7 +44,7 @@ class Unit:
 
 
 def write_unit(folder: Path, side: Side, result: BenchmarkResult, facts: Facts, *, save_samples: bool) -> None:
-    """Samples, where they are wished for, and then the record that vouches for them, into an existing place."""
+    """Samples, where they are wished for, and then the record that vouches for them. Raises OSError (a full disk)."""
     samples = _samples(folder, result.name, side)
     if save_samples:
         write_samples(folder, result.name, side, result.samples)
@@ -73,7 +73,7 @@ def read_unit(folder: Path, name: str, side: Side) -> Unit:
 
     Raises:
         MissingFileError: there is no record.
-        DataError: it is damaged, naming the file and where JSON ends the line.
+        DataError: it is damaged, naming the file, and the line where that is no JSON.
     """
     path = _record(folder, name, side)
     record = read_json(path)
@@ -86,9 +86,8 @@ def read_unit(folder: Path, name: str, side: Side) -> Unit:
         if result.name != name or len(documents) != result.n or not isinstance(result.score, int | float):
             raise ValueError(f"it holds {len(documents)} documents of {result.name}, and says {result.n} of {name}")
         numbers = (result.seconds, result.truncated, *result.metrics.values(), *result.stderrs.values())
-        if result.metrics.keys() != result.stderrs.keys() or not all(
-            isinstance(x, int | float | None) for x in numbers
-        ):
+        are_numbers = all(isinstance(number, int | float | None) for number in numbers)
+        if result.metrics.keys() != result.stderrs.keys() or not are_numbers:
             raise ValueError("something that must be a number is none")
         facts = {**record["facts"], **{key: dict(record["facts"][key]) for key in ("task", "versions")}}
         return Unit(result, facts, record["commit"], record["samples_sha256"])
