@@ -22,22 +22,36 @@ OWN_PREFIX = "loramoe_train"
 FOLDERS = ("experts", "routers", "aux_losses")  # of this package, with parts in them
 
 
+Signature = tuple[tuple[str, ...], tuple[str, ...]]  # all arguments, required ones
+NOTHING: Signature = (), ()
+
+
 @lru_cache(maxsize=256)
-def _own_classes(module: str) -> dict[str, tuple[tuple[str, ...], tuple[str, ...]]] | None:
-    """Class name -> (all arguments, required ones) of a module of this package; None if there is no such module."""
+def _own_classes(module: str) -> dict[str, Signature] | None:
+    """The constructors of a module of this package, by class name; None if there is no such module."""
     path = PACKAGE.joinpath(*module.split(".")[1:])
     path = path / "__init__.py" if path.is_dir() else path.with_suffix(".py")
     if not path.is_file():
         return None
-    found = {}
-    for node in ast.parse(path.read_text(encoding="utf-8")).body:
-        if isinstance(node, ast.ClassDef) and not node.name.startswith("_"):
-            found[node.name] = _arguments(node)
-    return found
+    body = ast.parse(path.read_text(encoding="utf-8")).body
+    classes = {node.name: node for node in body if isinstance(node, ast.ClassDef)}
+    imports = [node for node in body if isinstance(node, ast.ImportFrom) and str(node.module).startswith(OWN_PREFIX)]
+    origin = {alias.asname or alias.name: (str(node.module), alias.name) for node in imports for alias in node.names}
+
+    def signature(name: str) -> Signature:
+        if name in classes:
+            own, passes_on = _arguments(classes[name])
+            bases = [signature(ast.unparse(base)) for base in classes[name].bases] if passes_on else []
+            return _joined(own, *bases)
+        home, there = origin.get(name, (OWN_PREFIX, name))
+        return (_own_classes(home) or {}).get(there, NOTHING)
+
+    return {name: signature(name) for name in classes}
 
 
-def _arguments(node: ast.ClassDef) -> tuple[tuple[str, ...], tuple[str, ...]]:
-    """Arguments of `__init__`; of a dataclass, its fields; of a class with neither, none."""
+def _arguments(node: ast.ClassDef) -> tuple[Signature, bool]:
+    """Arguments of `__init__`, of a dataclass its fields; and whether those of the bases are arguments, too: a class
+    without a constructor has theirs, and one with `**more` hands them on."""
     for entry in node.body:
         if isinstance(entry, ast.FunctionDef) and entry.name == "__init__":
             spec = entry.args
@@ -45,11 +59,20 @@ def _arguments(node: ast.ClassDef) -> tuple[tuple[str, ...], tuple[str, ...]]:
             required = positional[: len(positional) - len(spec.defaults)]
             keyword = [a.arg for a in spec.kwonlyargs]
             required += [a for a, d in zip(keyword, spec.kw_defaults, strict=True) if d is None]
-            return tuple(positional + keyword), tuple(required)
-    if any("dataclass" in ast.unparse(decorator) for decorator in node.decorator_list):
-        fields = [e for e in node.body if isinstance(e, ast.AnnAssign) and isinstance(e.target, ast.Name)]
-        return tuple(f.target.id for f in fields), tuple(f.target.id for f in fields if f.value is None)
-    return (), ()
+            return (tuple(positional + keyword), tuple(required)), spec.kwarg is not None
+    fields = [e for e in node.body if isinstance(e, ast.AnnAssign) and isinstance(e.target, ast.Name)]
+    if not any("dataclass" in ast.unparse(decorator) for decorator in node.decorator_list):
+        fields = []
+    return (tuple(f.target.id for f in fields), tuple(f.target.id for f in fields if f.value is None)), True
+
+
+def _joined(own: Signature, *others: Signature) -> Signature:
+    """What a class takes itself, then what it hands on and does not take itself."""
+    allowed, required = list(own[0]), list(own[1])
+    for more, needed in others:
+        required += [name for name in needed if name not in allowed]
+        allowed += [name for name in more if name not in allowed]
+    return tuple(allowed), tuple(required)
 
 
 def _known_modules() -> list[str]:
@@ -58,7 +81,7 @@ def _known_modules() -> list[str]:
     return [".".join([OWN_PREFIX, *parts]) for parts in names if parts[0] in FOLDERS]
 
 
-def _signature(target: object, key: str, trusted: Collection[str]) -> tuple[tuple[str, ...], tuple[str, ...]]:
+def _signature(target: object, key: str, trusted: Collection[str]) -> Signature:
     if not isinstance(target, str) or "." not in target or not all(map(str.isidentifier, target.split("."))):
         raise ConfigError(f"{key}.{TARGET}: '{target}' is no class; give package.module.Class")
     module, _, name = target.rpartition(".")
@@ -68,7 +91,7 @@ def _signature(target: object, key: str, trusted: Collection[str]) -> tuple[tupl
         if classes is None:
             near = nearest(module, _known_modules())
             raise ConfigError(f"{key}.{TARGET}: there is no module {module} with parts in it{near}")
-        if name not in classes:
+        if name.startswith("_") or name not in classes:
             raise ConfigError(f"{key}.{TARGET}: {module} has no class '{name}'{nearest(name, classes)}")
         return classes[name]
     if not any(module == prefix or module.startswith(prefix + ".") for prefix in trusted):

@@ -1,12 +1,17 @@
 """Run the commands as a user does, in a fresh process, offline."""
 
 import json
+import logging
 import os
+import signal
 import subprocess
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+
+from loramoe_train.training.signals import STOP_SIGNALS
 
 # a run of seconds: few rows, short steps, no evaluation unless a test asks for it
 SMALL = (
@@ -20,6 +25,21 @@ NO_EVAL = "eval.enabled=false"
 MIXER = ("+recipe=lora_mixer", *SMALL)
 TWO_TASKS = ("data.tasks=[tiny_grammar,tiny_sentiment]", "router.top_k=2")
 ADAPTER = "adapter.safetensors"
+
+
+@contextmanager
+def command_in_this_process() -> Iterator[None]:
+    """Afterwards signals and logging are as before: a command sets them up for its process, which ends with it."""
+    handlers = {number: signal.getsignal(number) for number in STOP_SIGNALS}
+    root = logging.getLogger()
+    level, outputs = root.level, root.handlers[:]
+    try:
+        yield
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+        root.setLevel(level)
+        root.handlers[:] = outputs
 
 
 def run_cli(

@@ -1,9 +1,11 @@
 """Fixtures that several folders of tests share. Nothing here or in a test asks the network for anything."""
 
+import json
 import os
+import shutil
 import signal
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -120,6 +122,29 @@ def make_llama(*, vocab_size: int, seed: int = 0, **changes: Any) -> Any:
     )
     torch.manual_seed(seed)
     return LlamaForCausalLM(config).eval()
+
+
+def make_falcon_mamba(*, vocab_size: int, seed: int = 0, **changes: Any) -> Any:
+    """A random two-layer Falcon-Mamba, hidden size 32, in float32 and eval mode."""
+    import torch
+    from transformers import FalconMambaConfig, FalconMambaForCausalLM
+
+    shape = {"hidden_size": 32, "num_hidden_layers": 2, "state_size": 4, "time_step_rank": 6, "conv_kernel": 3}
+    ids = {"pad_token_id": 0, "eos_token_id": 1, "bos_token_id": 1}
+    torch.manual_seed(seed)
+    return FalconMambaForCausalLM(FalconMambaConfig(vocab_size=vocab_size, **{**shape, **ids, **changes})).eval()
+
+
+def write_base(folder: Path, make: Callable[..., Any], **changes: Any) -> Path:
+    """A folder with a random model (`make_llama`, `make_falcon_mamba`) that knows the embedded tokenizer's words."""
+    from loramoe_train.paths import ASSETS
+
+    tiny = ASSETS / "tiny" / "model"
+    vocabulary = json.loads((tiny / "config.json").read_text())["vocab_size"]
+    make(vocab_size=vocabulary, **changes).save_pretrained(folder)
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(tiny / name, folder / name)
+    return folder
 
 
 @pytest.fixture(scope="session")

@@ -6,7 +6,9 @@
 import multiprocessing
 import os
 import signal
+import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Sequence
 from multiprocessing import forkserver
@@ -81,6 +83,14 @@ class Forked:
 
     def __exit__(self, *error: object) -> None:
         self.kill()
+
+
+def run_forked(name: str, *arguments: str, cwd: Path, **environment: str) -> subprocess.CompletedProcess:
+    """As `tests.cli.run_cli`, some seconds faster: nothing is imported. Not for what variables decide at import."""
+    with tempfile.TemporaryDirectory() as folder:
+        started = Forked(Path(folder), command, name, arguments, cwd=cwd, COLUMNS="160", **environment)
+        code = started.wait(300)
+        return subprocess.CompletedProcess([name, *arguments], code, started.stdout, started.stderr)
 
 
 def command(name: str, arguments: Sequence[str]) -> None:

@@ -18,6 +18,7 @@ from safetensors.torch import load_file, save_file
 
 from loramoe_train.paths import ASSETS
 from tests.cli import NO_EVAL, SMALL, check_refused, half_written, run_cli, start_cli
+from tests.forks import run_forked
 
 RECIPE = "+recipe=lora_mixer"
 TINY = ASSETS / "tiny" / "model"
@@ -35,7 +36,7 @@ PREFIX = "base_model.model.model.layers.0.self_attn.q_proj"
 
 def refused(cwd: Path, code: int, *words: str, arguments: tuple[str, ...], command: str = "train") -> str:
     """Run, check the one line, and that no run folder was left half-written."""
-    line = check_refused(run_cli(command, *arguments, cwd=cwd), code, *words)
+    line = check_refused(run_forked(command, *arguments, cwd=cwd), code, *words)
     assert not half_written(cwd)
     return line
 
@@ -174,7 +175,7 @@ def test_training_refuses_the_adapter_too(tmp_path):
 def short_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A finished run of two steps without scores. Read it only."""
     folder = tmp_path_factory.mktemp("short")
-    done = run_cli("train", RECIPE, *SMALL, NO_EVAL, "trainer.max_steps=2", "run_dir=run", cwd=folder)
+    done = run_forked("train", RECIPE, *SMALL, NO_EVAL, "trainer.max_steps=2", "run_dir=run", cwd=folder)
     assert done.returncode == 0, done.stderr
     return folder / "run"
 

@@ -1,13 +1,16 @@
 """Bad input on the command line: one clear line, the right exit code, before anything heavy is loaded."""
 
+import os
 import signal
+import subprocess
+import sys
 import time
 
 import pytest
 
 from loramoe_train.cli import _guard, chosen_losses, normalised, ordered
-from loramoe_train.training.signals import STOP_SIGNALS
-from tests.cli import run_cli
+from tests.cli import command_in_this_process, run_cli
+from tests.conftest import ROOT
 
 RECIPE = "+recipe=lora_mixer"
 
@@ -109,14 +112,27 @@ def test_a_folder_that_is_no_run_is_not_overwritten(tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["adapter.safetensors"]
 
 
+WARNS = """
+import logging, sys
+early = logging.getLogger("loramoe_train.early")  # Hydra sets up logging after this, and once more for each job
+from loramoe_train import cli
+cli._main(lambda config, extra: early.warning(f"seed {config.seed}"))
+"""
+
+
+@pytest.mark.parametrize("seeds", [["3"], ["3", "4"]])
+def test_warnings_reach_the_screen(seeds, tmp_path):
+    options = [f"seed={','.join(seeds)}", *(["--multirun"] if len(seeds) > 1 else [])]
+    command = [sys.executable, "-c", WARNS, *options]
+    done = subprocess.run(
+        command, cwd=tmp_path, env=os.environ | {"PYTHONPATH": str(ROOT)}, capture_output=True, text=True
+    )
+    assert done.stderr.splitlines() == [f"WARNING loramoe_train.early: seed {seed}" for seed in seeds]
+
+
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 75), (signal.SIGINT, 130)])
 def test_a_signal_outside_the_training_loop(number, code, capsys):
-    previous = {each: signal.getsignal(each) for each in STOP_SIGNALS}
-    try:
-        with pytest.raises(SystemExit) as stopped:
-            _guard(lambda: signal.raise_signal(number))
-    finally:  # a process that leaves ignores them, and what this one starts would inherit that
-        for each, handler in previous.items():
-            signal.signal(each, handler)
+    with command_in_this_process(), pytest.raises(SystemExit) as stopped:
+        _guard(lambda: signal.raise_signal(number))
     assert stopped.value.code == code
     assert capsys.readouterr().err.startswith("loramoe: ")

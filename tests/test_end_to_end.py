@@ -26,6 +26,8 @@ from tests.cli import (
     same_bytes,
     start_cli,
 )
+from tests.conftest import make_falcon_mamba, write_base
+from tests.forks import run_forked
 from tests.recipe_runs import write_adapters
 
 TASKS = ["tiny_math", "tiny_code", "tiny_facts", "tiny_grammar", "tiny_sentiment"]
@@ -33,7 +35,7 @@ TASKS = ["tiny_math", "tiny_code", "tiny_facts", "tiny_grammar", "tiny_sentiment
 
 def train(cwd: Path, run_dir: Path, *arguments: str, **environment: str) -> str:
     """A training run that must succeed; its standard error."""
-    done = run_cli("train", *arguments, f"run_dir={run_dir}", cwd=cwd, **environment)
+    done = run_forked("train", *arguments, f"run_dir={run_dir}", cwd=cwd, **environment)
     assert done.returncode == 0, done.stderr[-4000:]
     assert not half_written(run_dir)
     return done.stderr
@@ -112,7 +114,7 @@ def test_the_last_checkpoint_is_the_adapter_and_stages_train_what_they_say(mixer
 
 def test_eval_reproduces_the_scores(mixer_run, tmp_path):
     out = tmp_path / "out"
-    done = run_cli("eval", str(mixer_run), "eval.limit=4", f"run_dir={out}", cwd=tmp_path)
+    done = run_forked("eval", str(mixer_run), "eval.limit=4", f"run_dir={out}", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     again, before = results(out)["scores"], results(mixer_run)["scores"]
     for name, score in before.items():
@@ -122,7 +124,7 @@ def test_eval_reproduces_the_scores(mixer_run, tmp_path):
 
 def test_eval_of_a_checkpoint_and_of_one_task(mixer_run, copy_of, tmp_path):
     checkpoint = copy_of(mixer_run) / "checkpoints" / "step_000006"
-    done = run_cli("eval", str(checkpoint), "eval.limit=4", "eval.tasks=[tiny_grammar]", cwd=tmp_path)
+    done = run_forked("eval", str(checkpoint), "eval.limit=4", "eval.tasks=[tiny_grammar]", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     scores = results(checkpoint)["scores"]
     assert list(scores) == ["tiny_grammar"]
@@ -136,9 +138,9 @@ def test_resume_refuses_another_config(mixer_run, copy_of, tmp_path):
     run_dir = copy_of(mixer_run)
     before = {path: path.stat().st_mtime_ns for path in run_dir.rglob("*")}
     same = (*MIXER, "trainer.max_steps=6", "trainer.checkpoint_every=2", "eval.limit=4", f"run_dir={run_dir}")
-    done = run_cli("train", *same, "resume=auto", cwd=tmp_path)  # without trainer.lr=0.02
+    done = run_forked("train", *same, "resume=auto", cwd=tmp_path)  # without trainer.lr=0.02
     check_refused(done, 2, "trainer.lr=0.003", "0.02", "init_from=")
-    check_refused(run_cli("train", *same, cwd=tmp_path), 2, "holds another run", "resume=auto")
+    check_refused(run_forked("train", *same, cwd=tmp_path), 2, "holds another run", "resume=auto")
     assert before == {path: path.stat().st_mtime_ns for path in run_dir.rglob("*")}
 
 
@@ -155,9 +157,9 @@ def test_init_from_starts_from_the_weights(mixer_run, tmp_path):
 
 @pytest.mark.slow
 def test_another_layout_is_refused(mixer_run, tmp_path):
-    done = run_cli("train", *MIXER, "experts.rank=4", f"init_from={mixer_run}", "run_dir=run", cwd=tmp_path)
+    done = run_forked("train", *MIXER, "experts.rank=4", f"init_from={mixer_run}", "run_dir=run", cwd=tmp_path)
     check_refused(done, 2, "init_from=", "the layouts differ")
-    done = run_cli("train", *MIXER, *TWO_TASKS, f"init_from={mixer_run}", "run_dir=other", cwd=tmp_path)
+    done = run_forked("train", *MIXER, *TWO_TASKS, f"init_from={mixer_run}", "run_dir=other", cwd=tmp_path)
     check_refused(done, 2, "init_from=", "the layouts differ")
 
 
@@ -191,7 +193,7 @@ def test_two_processes_train_as_one(tmp_path):
 
 
 def test_a_multirun_makes_two_folders(tmp_path):
-    done = run_cli("train", *MIXER, NO_EVAL, "trainer.max_steps=2", "--multirun", "seed=0,1", cwd=tmp_path)
+    done = run_forked("train", *MIXER, NO_EVAL, "trainer.max_steps=2", "--multirun", "seed=0,1", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     (sweep,) = (tmp_path / "multirun").iterdir()
     runs = sorted(path for path in sweep.iterdir() if path.is_dir())
@@ -226,7 +228,7 @@ def test_plug_and_play_trains_routers_over_imported_adapters(tmp_path):
     assert any(tensor.any() for name, tensor in stored.items() if ".router." in name)
     # the run folder is complete in itself: the adapters may go
     shutil.rmtree(tmp_path / "adapters")
-    done = run_cli("eval", str(tmp_path / "run"), "eval.limit=2", "eval.tasks=[tiny_facts]", cwd=tmp_path)
+    done = run_forked("eval", str(tmp_path / "run"), "eval.limit=2", "eval.tasks=[tiny_facts]", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
 
 
@@ -276,19 +278,7 @@ def test_options_run_through(options, tmp_path):
 @pytest.mark.slow
 def test_a_state_space_model_trains_and_is_evaluated(tmp_path):
     """Recipe and data know nothing of the model: a random Falcon-Mamba beside the embedded tokenizer."""
-    from transformers import FalconMambaConfig, FalconMambaForCausalLM
-
-    from loramoe_train.paths import ASSETS
-
-    folder, tiny = tmp_path / "mamba", ASSETS / "tiny" / "model"
-    vocabulary = json.loads((tiny / "config.json").read_text())["vocab_size"]
-    shape = dict(hidden_size=32, num_hidden_layers=2, state_size=4, time_step_rank=4, conv_kernel=4)
-    torch.manual_seed(0)
-    FalconMambaForCausalLM(
-        FalconMambaConfig(vocab_size=vocabulary, pad_token_id=0, eos_token_id=1, bos_token_id=1, **shape)
-    ).save_pretrained(folder)
-    for name in ("tokenizer.json", "tokenizer_config.json"):
-        shutil.copy(tiny / name, folder / name)
+    folder = write_base(tmp_path / "mamba", make_falcon_mamba)
     options = ("model=falcon_mamba_7b", f"model.path={folder}", "model.dtype=float32", "experts.rank=2")
     train(
         tmp_path, tmp_path / "run", *MIXER, *options, "trainer.max_steps=4", "eval.limit=2", "eval.tasks=[tiny_facts]"
@@ -300,13 +290,13 @@ def test_a_state_space_model_trains_and_is_evaluated(tmp_path):
 
 def test_data_shows_examples_and_ids(tmp_path):
     # without its loss, what the recipe sets of the loss is gone, too
-    done = run_cli("data", "+recipe=mola", "aux_loss=none", "+show.n=1", "+show.ids=true", cwd=tmp_path)
+    done = run_forked("data", "+recipe=mola", "aux_loss=none", "+show.n=1", "+show.ids=true", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert all(task in done.stdout for task in TASKS) and "<|" in done.stdout
     assert not list(tmp_path.iterdir())
 
 
 def test_plan_reads_no_weight(tmp_path):
-    done = run_cli("plan", "+recipe=lora_mixer", "+plan.batch=2", "+plan.sequence=32", cwd=tmp_path)
+    done = run_forked("plan", "+recipe=lora_mixer", "+plan.batch=2", "+plan.sequence=32", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert "16 sites" in done.stdout and "trainable" in done.stdout and "MISSING" not in done.stdout

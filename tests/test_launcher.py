@@ -6,8 +6,9 @@ from loramoe_train.errors import ConfigError
 from loramoe_train.launcher import check_launcher
 from loramoe_train.schema.trainer import TrainerConfig
 from loramoe_train.settle import settle
-from tests.cli import check_refused, run_cli
+from tests.cli import check_refused
 from tests.composing import composed
+from tests.forks import run_forked
 
 
 def test_a_plain_launch_is_let_through() -> None:
@@ -39,7 +40,7 @@ def test_what_would_go_wrong_in_silence_is_refused(variable: str, value: str, me
 def test_the_command_refuses_it_before_it_starts(tmp_path) -> None:
     """As `accelerate launch --use_fsdp` starts it; DeepSpeed would otherwise end in an import error's traceback."""
     for variable in ("ACCELERATE_USE_FSDP", "ACCELERATE_USE_DEEPSPEED"):
-        done = run_cli("train", "+recipe=lora", "run_dir=run", cwd=tmp_path, **{variable: "true"})
+        done = run_forked("train", "+recipe=lora", "run_dir=run", cwd=tmp_path, **{variable: "true"})
         check_refused(done, 2, variable, "trainer.parallel=fsdp2")
     assert not list(tmp_path.iterdir())
 

@@ -60,3 +60,11 @@ def test_trusted_modules_open_other_packages():
         check_part(part, "x", facts=())
     check_part(part, "x", facts=(), trusted=["fractions"])
     assert build_part(part, "x", facts={}, trusted=["fractions"]) == 3
+
+
+def test_a_class_takes_what_it_hands_on_to_its_base():
+    bank = "loramoe_train.experts.principal.PrincipalBank"
+    sizes = ("d_in", "d_out", "ranks", "scales")
+    check_part({"_target_": bank, "dropout": 0.1}, "experts.make", facts=sizes)
+    with pytest.raises(ConfigError, match="experts.make.dropot: .* did you mean 'dropout'"):
+        check_part({"_target_": bank, "dropot": 0.1}, "experts.make", facts=sizes)

@@ -3,8 +3,8 @@
 import pytest
 
 from loramoe_train.planning import make_counts
-from tests.cli import run_cli
 from tests.composing import composed
+from tests.forks import run_forked
 
 
 def counts(*overrides):
@@ -58,7 +58,7 @@ def test_what_no_stage_trains_is_not_counted_as_trained():
 
 
 def test_the_command_prints_every_part(tmp_path):
-    done = run_cli("plan", "+recipe=lora_mixer", "+plan.batch=4", "+plan.sequence=64", cwd=tmp_path)
+    done = run_forked("plan", "+recipe=lora_mixer", "+plan.batch=4", "+plan.sequence=64", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     parts = ["16 sites", "self_attn.q_proj", "trainable", "active per token", "saved activations", "4 x 64 tokens"]
     parts += ["experts: ", "routers: ", "tiny_math", "passes", "tokens", "here ", "benchmark tiny_facts"]
@@ -68,11 +68,13 @@ def test_the_command_prints_every_part(tmp_path):
 
 
 def test_the_command_needs_no_hub(tmp_path):
-    done = run_cli("plan", "+recipe=lora_mixer", "model=llama3_8b", "+plan.batch=1", "+plan.sequence=32", cwd=tmp_path)
+    done = run_forked(
+        "plan", "+recipe=lora_mixer", "model=llama3_8b", "+plan.batch=1", "+plan.sequence=32", cwd=tmp_path
+    )
     assert done.returncode == 0, done.stderr
     assert "8,030,261,248" in done.stdout and "MISSING" in done.stdout
 
 
 def test_an_unknown_plan_key_is_named(tmp_path):
-    done = run_cli("plan", "+plan.bach=1", cwd=tmp_path)
+    done = run_forked("plan", "+plan.bach=1", cwd=tmp_path)
     assert done.returncode == 2 and "plan.bach" in done.stderr and "batch" in done.stderr

@@ -21,6 +21,7 @@ from loramoe_train.planning import make_counts
 from loramoe_train.schema.run import RunConfig
 from loramoe_train.validation import trains_base
 from tests.composing import RECIPE_NAMES, composed
+from tests.conftest import make_falcon_mamba, make_llama, write_base
 from tests.recipe_passes import CASES, enter_stage, make_routed, one_pass
 from tests.recipe_runs import Ready, changed, differing, get_ready, logits_of, short_run
 from tests.recipe_worker import train
@@ -198,10 +199,14 @@ ODD = {
 
 
 @pytest.mark.slow
-def test_two_processes_train_as_one(tmp_path, request):
-    """All recipes in one pair of processes, on a random model in float64; the same in this process. Of every kind, one
-    also with the base shared out; all of them with --nightly."""
-    own = ("experts.dropout=0", "experts.rank=2", "trainer.max_steps=4", f"model.path={make_base(tmp_path / 'base')}")
+@pytest.mark.parametrize("shared_out", ["one of a kind", pytest.param("all", marks=pytest.mark.nightly)])
+def test_two_processes_train_as_one(shared_out, tmp_path):
+    """All recipes in one pair of processes, on a random model in float64; the same in this process. With the base
+    shared out, too: one recipe of every kind, or all."""
+    # wide enough that no gradient is so small that AdamW, which divides by its size, shows how sums were rounded
+    facts = {"pad_token_id": 0, "eos_token_id": 1, "initializer_range": 0.2}
+    base = write_base(tmp_path / "base", make_llama, num_hidden_layers=4, **facts)
+    own = ("experts.dropout=0", "experts.rank=2", "trainer.max_steps=4", f"model.path={base}")
     jobs: dict[str, list[dict[str, Any]]] = {"one": [], "ddp": [], "fsdp2": []}
 
     def add(kind: str, name: str, config: RunConfig, rows: int) -> None:
@@ -217,13 +222,17 @@ def test_two_processes_train_as_one(tmp_path, request):
         add("one", recipe, config, 8)
         add("ddp", recipe, config, 4)
         kind = (config.router.scope, config.experts.mixing, get_class(config.experts.make["_target_"]).reads_base)
-        if not trains_base(config) and (kind not in kinds or request.config.getoption("--nightly")):
+        if not trains_base(config) and (kind not in kinds or shared_out == "all"):
             kinds.add(kind)
             add("fsdp2", recipe, config, 4)
     for name, (recipe, batch, alone, together, more) in ODD.items():
         config = short_run(recipe, tmp_path, *own, f"trainer.batch_size={batch}", *more)
         add("one", name, config, alone)
         add("ddp", name, config, together)
+    space = write_base(tmp_path / "space", make_falcon_mamba)
+    model = (*own, "model=falcon_mamba_7b", "model.dtype=float32", f"model.path={space}", "trainer.batch_size=8")
+    for kind, rows in (("one", 8), ("ddp", 4), ("fsdp2", 4)):
+        add(kind, "state_space", short_run("lora_mixer", tmp_path, *model), rows)
     running = start_pair(jobs["ddp"] + jobs["fsdp2"], tmp_path / "jobs.json")
     train(jobs["one"])
     _, errors = running.communicate(timeout=600)
@@ -239,23 +248,6 @@ def test_two_processes_train_as_one(tmp_path, request):
 
 def lines_of(run_dir: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
-
-
-def make_base(folder: Path) -> Path:
-    """A random Llama of four layers that knows the embedded tokenizer's words."""
-    import shutil
-
-    from loramoe_train.paths import ASSETS
-    from tests.conftest import make_llama
-
-    tiny = ASSETS / "tiny" / "model"
-    vocabulary = json.loads((tiny / "config.json").read_text())["vocab_size"]
-    # wide enough that no gradient is so small that AdamW, which divides by its size, shows how sums were rounded
-    facts = {"pad_token_id": 0, "eos_token_id": 1, "initializer_range": 0.2}
-    make_llama(vocab_size=vocabulary, num_hidden_layers=4, **facts).save_pretrained(folder)
-    for name in ("tokenizer.json", "tokenizer_config.json"):
-        shutil.copy(tiny / name, folder / name)
-    return folder
 
 
 def start_pair(jobs: list[dict[str, Any]], file: Path) -> subprocess.Popen:

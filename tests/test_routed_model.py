@@ -22,19 +22,14 @@ from loramoe_train.routing.types import Tokens
 from loramoe_train.schema.run import RunConfig
 from loramoe_train.site_plan import plan_sites
 from tests.composing import composed
-from tests.conftest import make_llama
+from tests.conftest import make_falcon_mamba, make_llama
 
 DOMAINS = ["a", "b", "c"]
 OVERRIDES = ("+recipe=lora_mixer", "router.top_k=2", "experts.rank=2", "experts.alpha=4", "experts.dropout=0")
 
 
-def make_mamba(seed=0, **changes):
-    from transformers import FalconMambaConfig, FalconMambaForCausalLM
-
-    torch.manual_seed(seed)
-    shape = {"vocab_size": 50, "hidden_size": 32, "num_hidden_layers": 2, "state_size": 4, "time_step_rank": 6}
-    shape |= {"pad_token_id": 0, "eos_token_id": 1, "conv_kernel": 3}
-    return FalconMambaForCausalLM(FalconMambaConfig(**(shape | changes))).eval()
+def make_mamba(**changes):
+    return make_falcon_mamba(vocab_size=50, **changes)
 
 
 def route(model, config: RunConfig, adapters=(), domains=tuple(DOMAINS)) -> RoutedModel:

@@ -4,7 +4,6 @@ The marker is a file that each attempt would leave, were it executed.
 """
 
 import copy
-import signal
 import sys
 from pathlib import Path
 
@@ -21,6 +20,7 @@ from loramoe_train.parts import check_part
 from loramoe_train.reuse import config_of
 from loramoe_train.rundir import read_resolved
 from loramoe_train.validation import validate
+from tests.cli import command_in_this_process
 from tests.composing import composed
 from tests.conftest import make_tokenizer
 from tests.data.helpers import task_config
@@ -34,12 +34,8 @@ def marker(tmp_path: Path) -> Path:
 def refused(monkeypatch, capsys, folder: Path, *arguments: str) -> str:
     """The one line of `loramoe-train --config-dir FOLDER ARGUMENTS`, in this process: composing needs no torch."""
     monkeypatch.setattr(sys, "argv", ["loramoe-train", "--config-dir", str(folder), *arguments])
-    before = signal.getsignal(signal.SIGTERM)
-    try:
-        with pytest.raises(SystemExit) as caught:
-            cli.train()
-    finally:
-        signal.signal(signal.SIGTERM, before)
+    with command_in_this_process(), pytest.raises(SystemExit) as caught:
+        cli.train()
     printed = capsys.readouterr()
     assert caught.value.code == 2 and "Traceback" not in printed.err, printed.err
     (line,) = printed.err.strip().splitlines()

@@ -30,7 +30,6 @@ from torch.autograd.function import once_differentiable
 
 from loramoe_train.experts.bank import ExpertBank
 from loramoe_train.experts.concatenated import precise
-from loramoe_train.experts.forms import FormChoice
 from loramoe_train.experts.products import correlate, expand, shrink
 from loramoe_train.experts.shared import SeenInput, versions
 
@@ -43,23 +42,11 @@ class MagnitudeBank(ExpertBank):
     reads_base = True
     takes_adapters = False
 
-    def __init__(
-        self,
-        d_in: int,
-        d_out: int,
-        *,
-        ranks: Sequence[int],
-        scales: Sequence[float],
-        dropout: float = 0.0,
-        form: FormChoice = "auto",
-        device: torch.device | str | None = None,
-        generator: torch.Generator | None = None,
-    ) -> None:
+    def __init__(self, d_in: int, d_out: int, *, ranks: Sequence[int], device: Any = None, **shape: Any) -> None:
         """Raises ValueError where ranks differ."""
         if len(set(ranks)) > 1:
             raise ValueError(f"experts with magnitudes have one rank at a site, got ranks {list(ranks)}")
-        shape = {"ranks": ranks, "scales": scales, "dropout": dropout, "form": form}
-        super().__init__(d_in, d_out, **shape, device=device, generator=generator)
+        super().__init__(d_in, d_out, ranks=ranks, device=device, **shape)
         self.magnitude = nn.Parameter(torch.ones(len(ranks), d_out, device=device, dtype=torch.float32))
         self.register_buffer("square_O", torch.ones(d_out, device=device, dtype=torch.float32), persistent=False)
         self._base: tuple[nn.Module, ...] = ()  # a tuple: as a module of the bank its weights would be the bank's

@@ -14,13 +14,13 @@ Legend: N tokens, D in, O out, E experts, r rank of one.
 """
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from loramoe_train.experts.bank import ExpertBank
 from loramoe_train.experts.concatenated import add_experts, shrink_all
-from loramoe_train.experts.forms import FormChoice
 from loramoe_train.experts.shared import SeenInput
 
 ROUNDS = 16  # of subspace iteration, over twice as many directions as are wanted
@@ -33,27 +33,15 @@ class PrincipalBank(ExpertBank):
     reads_base = True
     takes_adapters = False
 
-    def __init__(
-        self,
-        d_in: int,
-        d_out: int,
-        *,
-        ranks: Sequence[int],
-        scales: Sequence[float],
-        dropout: float = 0.0,
-        form: FormChoice = "auto",
-        device: torch.device | str | None = None,
-        generator: torch.Generator | None = None,
-    ) -> None:
+    def __init__(self, d_in: int, d_out: int, *, ranks: Sequence[int], scales: Sequence[float], **shape: Any) -> None:
         """Raises ValueError where ranks or scales differ, or a weight has fewer directions."""
         if len(set(ranks)) > 1 or len(set(scales)) > 1:
             raise ValueError(f"experts that start alike have one rank and one scale at a site, got ranks {list(ranks)}")
         if ranks[0] > min(d_in, d_out):
             raise ValueError(f"a {d_out} x {d_in} weight has {min(d_in, d_out)} directions, fewer than rank {ranks[0]}")
-        shape = {"ranks": ranks, "scales": scales, "dropout": dropout, "form": form}
-        super().__init__(d_in, d_out, **shape, device=device, generator=generator)
+        super().__init__(d_in, d_out, ranks=ranks, scales=scales, **shape)
         for name, width in (("start_down", d_in), ("start_up", d_out)):
-            self.register_buffer(name, torch.zeros(ranks[0], width, device=device, dtype=torch.float32))
+            self.register_buffer(name, torch.zeros(ranks[0], width, device=self.down.device, dtype=torch.float32))
 
     @torch.no_grad()
     def begin(self, base: nn.Module) -> None:

@@ -8,12 +8,12 @@ Legend: N tokens, D in, O out, E experts, r rank of one.
 """
 
 from collections.abc import Sequence
+from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from loramoe_train.experts.bank import ExpertBank
-from loramoe_train.experts.forms import Form, FormChoice
+from loramoe_train.experts.forms import Form
 from loramoe_train.experts.shared import SeenInput
 
 
@@ -22,26 +22,14 @@ class SharedDownBank(ExpertBank):
 
     down_per_expert = False
 
-    def __init__(
-        self,
-        d_in: int,
-        d_out: int,
-        *,
-        ranks: Sequence[int],
-        scales: Sequence[float],
-        dropout: float = 0.0,
-        form: FormChoice = "auto",
-        device: torch.device | str | None = None,
-        generator: torch.Generator | None = None,
-    ) -> None:
+    def __init__(self, d_in: int, d_out: int, *, ranks: Sequence[int], scales: Sequence[float], **shape: Any) -> None:
         """Raises ValueError where ranks or scales differ: what is shared has one of each."""
         if len(set(ranks)) > 1 or len(set(scales)) > 1:
             raise ValueError(
                 f"experts that share their down factor have one rank and one scale, got ranks {list(ranks)}; imported"
                 " experts.adapters bring their own factors: use experts=default for them"
             )
-        shape = {"ranks": ranks, "scales": scales, "dropout": dropout, "form": form}
-        super().__init__(d_in, d_out, **shape, device=device, generator=generator)
+        super().__init__(d_in, d_out, ranks=ranks, scales=scales, **shape)
         # of the rows drawn for all experts the first expert's stay: the same bound, for it depends on D alone
         self.down = nn.Parameter(self.down.detach()[: self.ranks[0]].clone())
 

@@ -22,9 +22,10 @@ from loramoe_train.settle import settle
 from loramoe_train.training.checkpoint import find_latest
 from loramoe_train.training.loss import predicting
 from loramoe_train.training.parts import TrainingParts
-from tests.cli import SMALL, run_cli
+from tests.cli import SMALL
 from tests.composing import composed
 from tests.conftest import make_llama
+from tests.forks import run_forked
 from tests.training.harness import TASKS, VOCABULARY, MadeUpData, make_batch, make_trainer, train, weights
 from tests.training.test_resume import stopped_at
 
@@ -159,14 +160,14 @@ def test_what_does_not_go_with_it(overrides: tuple[str, ...], message: str) -> N
 def test_a_run_leaves_the_whole_model_and_a_new_process_scores_it_alike(tmp_path: Path) -> None:
     run_dir, task = tmp_path / "run", ("eval.limit=8", "eval.tasks=[tiny_grammar]")
     arguments = (*FULL, *SMALL, *task, "trainer.max_steps=20", "data.max_examples=8", "data.tasks=[tiny_grammar]")
-    done = run_cli("train", *arguments, f"run_dir={run_dir}", cwd=tmp_path)
+    done = run_forked("train", *arguments, f"run_dir={run_dir}", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     log = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
     losses = [line["loss"] for line in log if line["kind"] == "train"]
     assert sum(losses[-5:]) < 0.5 * sum(losses[:5])
     before = json.loads((run_dir / "results.json").read_text())["scores"]["tiny_grammar"]
     assert before["base_metrics"] != before["tuned_metrics"]
-    done = run_cli("eval", str(run_dir), *task, f"run_dir={tmp_path / 'again'}", cwd=tmp_path)
+    done = run_forked("eval", str(run_dir), *task, f"run_dir={tmp_path / 'again'}", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     again = json.loads((tmp_path / "again" / "results.json").read_text())["scores"]["tiny_grammar"]
     for side in ("base_metrics", "tuned_metrics"):
