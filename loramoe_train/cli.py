@@ -15,7 +15,6 @@ from loramoe_train.errors import (
     ConfigError,
     Interrupted,
     LoramoeError,
-    MissingFileError,
     OutOfMemoryError,
     SavedOnSignal,
     nearest,
@@ -24,6 +23,22 @@ from loramoe_train.paths import CONFIGS, RECIPES
 from loramoe_train.schema.run import RunConfig
 from loramoe_train.training.signals import Terminated, end_on_signals, ignore_signals
 from loramoe_train.trust import guard_config_files, refuse_untyped
+
+EVAL_HELP = """loramoe-eval PATH [KEY=VALUE ...]
+    PATH: a run folder, a checkpoint or an adapter folder: its benchmarks, base and tuned; results go into that folder
+          a LoRA folder of PEFT (adapter_config.json): base and tuned; model.name= or model.path= for another base
+          a model folder, or a hub name OWNER/NAME: one column of scores
+    the last two need eval.tasks=[a,b]; their results go to outputs/eval/NAME-HASH, always the same for the same PATH
+    run_dir=DIR         results.json and samples/ go there
+    eval.limit=N        the first N examples of every benchmark
+    data.root=DIR       local files; without it the hub, or what ships with the package
+    eval.again=true     score once more what is finished; without it the same command goes on where it was interrupted
+    every other key of the groups eval and model, and for a run all that it stored"""
+COMPARE_HELP = """loramoe-compare RUN_A RUN_B [format=text|markdown|json] [metrics=headline|all]
+    two folders that a run or loramoe-eval wrote, benchmark by benchmark on the same documents: difference, 95 per cent
+    interval, p-value, the same corrected for the number of benchmarks (Holm), and whether it is within noise
+loramoe-compare RUN [...]
+    the base of a run and its tuned model"""
 
 Command = Callable[[RunConfig, dict[str, Any]], None]
 
@@ -67,22 +82,32 @@ def data() -> None:
 
 
 def evaluate() -> None:
-    """`loramoe-eval PATH [KEY=VALUE ...]`: benchmarks of a run folder, a checkpoint or an adapter folder."""
+    """`loramoe-eval PATH [KEY=VALUE ...]`: benchmarks of a run, a checkpoint, an adapter (PEFT's too) or a model."""
 
     def job() -> None:
         arguments = sys.argv[1:]
         if not arguments or arguments[0] in ("-h", "--help"):
-            print(
-                "loramoe-eval RUN_OR_ADAPTER_FOLDER [eval.limit=N] [eval.tasks=[a,b]] [data.root=DIR] [KEY=VALUE ...]"
-            )
+            print(EVAL_HELP)
             return
         if "=" in arguments[0]:
-            raise ConfigError(f"loramoe-eval wants a run or adapter folder first, got '{arguments[0]}'")
-        if not Path(arguments[0]).exists():
-            raise MissingFileError(f"loramoe-eval: there is no {arguments[0]}")
-        from loramoe_train.reuse import evaluate_folder
+            raise ConfigError(f"loramoe-eval wants a folder or a model first, got '{arguments[0]}'")
+        from loramoe_train.evaluating import evaluate_path
 
-        evaluate_folder(Path(arguments[0]), arguments[1:])
+        evaluate_path(arguments[0], arguments[1:])
+
+    _guard(job, cure="the same command goes on")
+
+
+def compare() -> None:
+    """`loramoe-compare RUN_A [RUN_B]`: two evaluations document by document, with significance."""
+
+    def job() -> None:
+        if len(sys.argv) < 2 or sys.argv[1] in ("-h", "--help"):
+            print(COMPARE_HELP)
+            return
+        from loramoe_train.evaluation.compare_runs import show
+
+        show(sys.argv[1:])
 
     _guard(job)
 
@@ -101,8 +126,8 @@ def export() -> None:
     _guard(job)
 
 
-def _guard(job: Callable[[], None]) -> None:
-    """Run `job`; one line and the right exit code for everything that a user can cause."""
+def _guard(job: Callable[[], None], cure: str = "the same command with resume=auto goes on") -> None:
+    """Run `job`; one line and the right exit code for everything that a user can cause. `cure`: after a signal."""
     # Threads of torch that wait by spinning starve each other where cores are shared: two runs on two cores took 15
     # times as long. Read once, when torch is imported.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
@@ -114,7 +139,7 @@ def _guard(job: Callable[[], None]) -> None:
     except KeyboardInterrupt:
         _fail("interrupted", Interrupted.exit_code)
     except Terminated as stop:
-        _fail(f"stopped by {stop}; the same command with resume=auto goes on", SavedOnSignal.exit_code)
+        _fail(f"stopped by {stop}; {cure}", SavedOnSignal.exit_code)
     except MemoryError:
         _fail("out of memory; lower trainer.micro_batch_size or data.max_length", OutOfMemoryError.exit_code)
 

@@ -8,7 +8,6 @@ from typing import Any
 import yaml
 
 from loramoe_train.errors import ConfigError, DataError
-from loramoe_train.experts.adapters import find_adapter, read_manifest
 from loramoe_train.paths import CONFIGS
 from loramoe_train.rundir import PLACES
 from loramoe_train.schema.run import RunConfig
@@ -23,15 +22,17 @@ def config_of(folder: Path, overrides: Sequence[str]) -> tuple[RunConfig, Path, 
 
     `KEY=VALUE` sets a key, `GROUP=OPTION` lays the option's file over the group.
     """
+    from loramoe_train.experts.adapters import find_adapter, read_manifest
+
     adapter = find_adapter(folder, "loramoe-eval")
     manifest = read_manifest(adapter)
     values = manifest.get("config")
     if not isinstance(values, dict):
         raise DataError(f"{adapter} stores no config in its manifest")
     values = {key: value for key, value in values.items() if key not in PLACES}  # a file does not say where to write
-    for key, harmless in (("allow_code_execution", False), ("sandbox", "auto")):
+    for key, harmless in (("allow_code_execution", False), ("sandbox", "auto"), ("again", False)):
         if isinstance(values.get("eval"), dict) and not is_typed(f"eval.{key}", overrides):
-            values["eval"] = {**values["eval"], key: harmless}  # who trained may have allowed it to himself
+            values["eval"] = {**values["eval"], key: harmless}  # what who trained allowed himself, or wished that time
     try:
         refuse_untyped(values, overrides)
     except ConfigError as error:
@@ -58,6 +59,8 @@ def apply_overrides(values: dict[str, Any], overrides: Sequence[str]) -> dict[st
         try:
             if option.is_file():
                 layer = {key: yaml.safe_load(option.read_text(encoding="utf-8"))}
+                if isinstance(layer[key], dict):
+                    layer[key].pop("defaults", None)  # for Hydra: what the option is laid over is here already
             else:
                 layer = OmegaConf.to_container(OmegaConf.from_dotlist([f"{key}={value}"]), resolve=True)
         except (OmegaConfBaseException, yaml.YAMLError, RecursionError) as error:
@@ -87,6 +90,8 @@ def evaluate_folder(folder: Path, overrides: Sequence[str]) -> None:
     if not config.eval.enabled:
         config = config.model_copy(update={"eval": config.eval.model_copy(update={"enabled": True})})
 
+    earlier = earlier_results(out)
+
     from loramoe_train.serving import served_by
     from loramoe_train.settle import benchmark_names, settle
 
@@ -95,7 +100,8 @@ def evaluate_folder(folder: Path, overrides: Sequence[str]) -> None:
     served = served_by(config, benchmark_names(config), tasks=manifest["tasks"], domains=manifest["domains"])
 
     from loramoe_train.models import load_tokenizer
-    from loramoe_train.run import evaluate_routed, finish, on_cpu, rebuild
+    from loramoe_train.run import evaluate_routed, on_cpu, rebuild
+    from loramoe_train.scoring import finish, merged
     from loramoe_train.screen import quiet_libraries, screen
     from loramoe_train.training.accelerator import make_accelerator
 
@@ -103,17 +109,20 @@ def evaluate_folder(folder: Path, overrides: Sequence[str]) -> None:
     accelerator = make_accelerator(config.trainer.model_copy(update={"trackers": []}), out, cpu=on_cpu())
     routed = rebuild(config, adapter, manifest, device=accelerator.device)
     console = screen(stderr=True) if accelerator.is_main_process else None
-    outcome = evaluate_routed(config, routed, load_tokenizer(config.model), out, accelerator, console, served=served)
+    tokenizer, benchmarks = load_tokenizer(config.model), {"served": served, "adapter": adapter}
+    outcome = evaluate_routed(config, routed, tokenizer, out, accelerator, console, **benchmarks)
     if accelerator.is_main_process:
-        earlier = _earlier_results(out)
-        outcome["scores"] = {**earlier.get("scores", {}), **outcome["scores"]}
+        outcome["scores"] = merged(earlier.get("scores", {}), outcome["scores"])
         kept = {name: earlier[name] for name in KEPT if name in earlier}
         finish(config, out, outcome, time.perf_counter() - started, {**kept, "adapter": str(adapter)})
 
 
-def _earlier_results(folder: Path) -> dict[str, Any]:
-    """What the folder's results.json holds already; scores of benchmarks that were not run again are kept."""
+def earlier_results(folder: Path) -> dict[str, Any]:
+    """What the folder's results.json holds already, for `scoring.merged`. DataError where it cannot be read."""
     from loramoe_train.evaluation.results import read_results
     from loramoe_train.rundir import RESULTS
 
-    return read_results(folder / RESULTS) if (folder / RESULTS).is_file() else {}
+    try:
+        return read_results(folder / RESULTS) if (folder / RESULTS).is_file() else {}
+    except DataError as error:
+        raise DataError(f"{error}, after removing it") from error

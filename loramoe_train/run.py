@@ -2,9 +2,10 @@
 
 import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -19,9 +20,9 @@ from loramoe_train.data.mixture import Mixture
 from loramoe_train.data.sampling import drawable
 from loramoe_train.data.stage import MixtureStage, check_batch_size
 from loramoe_train.errors import ConfigError
-from loramoe_train.evaluation.harness import compare
-from loramoe_train.evaluation.outcomes import OutcomeFiles
-from loramoe_train.evaluation.results import render_table, versions, write_results, write_samples
+from loramoe_train.evaluation.results import commit, config_hash, versions
+from loramoe_train.evaluation.types import Side
+from loramoe_train.evaluation.units import Facts, facts_sha256
 from loramoe_train.experts import adapters as adapter_files
 from loramoe_train.experts.compiled import compile_layers
 from loramoe_train.experts.mixed_block import try_blocks
@@ -36,8 +37,9 @@ from loramoe_train.models import (
     original_weights,
 )
 from loramoe_train.run_lock import alone_in
-from loramoe_train.rundir import PLACES, RESULTS, claim, default_run_dir, newest_checkpoint, released_on_failure
+from loramoe_train.rundir import PLACES, claim, default_run_dir, newest_checkpoint, released_on_failure
 from loramoe_train.schema.run import RunConfig
+from loramoe_train.scoring import base_facts, finish, score
 from loramoe_train.screen import quiet_libraries, screen
 from loramoe_train.serving import Served, check_same_origins, served_by
 from loramoe_train.settle import Settled, benchmark_names, settle
@@ -117,6 +119,7 @@ def _train_in(
         seed=config.seed,
         resume=resume,
         changed=bool(config.resume_changes),
+        made_with=_made_with(config),
         console=console,
     )
     for task, cut in ready.mixture.truncated.items():
@@ -127,7 +130,8 @@ def _train_in(
             ready.parts.save_adapter(run_dir, ready.parts.adapter_tensors())
     mixture = {"tasks": ready.mixture.task_names, "domains": ready.mixture.domain_names}
     served = served_by(config, benchmark_names(config), **mixture) if config.eval.enabled else {}
-    outcome = evaluate_routed(config, ready.routed, ready.tokenizer, run_dir, accelerator, console, served=served)
+    benchmarks = {"served": served, "adapter": run_dir}
+    outcome = evaluate_routed(config, ready.routed, ready.tokenizer, run_dir, accelerator, console, **benchmarks)
     if state.is_main_process:
         extra = {"training": summary.plain(), "run_dir": str(run_dir), "command": sys.argv, **_recipe()}
         with _written(run_dir):
@@ -235,48 +239,58 @@ def evaluate_routed(
     console: Console | None,
     *,
     served: Mapping[str, Served],
+    adapter: Path,
 ) -> dict[str, Any]:
     """Benchmarks of the routed model and of its base, which is the same model with the experts switched off; where the
-    base itself was trained, with the weights that it had before.
+    base itself was trained, with the weights that it had before. What `folder` has of that already is taken from there.
 
-    `served`: benchmark -> whose experts answer it, where that matters.
+    `served`: benchmark -> whose experts answer it, where that matters. `adapter`: the folder of the model's adapter.
     """
     if not config.eval.enabled:
         return {"scores": {}, "skipped": {"all": "eval.enabled=false"}}
-    names = benchmark_names(config)
-    _say(console, f"evaluating {', '.join(names)}")
-
-    def keep(side: Any, result: Any) -> None:
-        if config.eval.save_samples and accelerator.is_main_process:
-            with _written(folder / "samples"):
-                write_samples(folder / "samples", result.name, side, result.samples)
-        _say(console, f"  {result.name} {side}: {result.score:.4f} ({result.seconds:.1f} s)")
-
-    outcomes = OutcomeFiles(folder / "samples", accelerator.process_index)
-
-    def keep_program(name: str, side: Any, program: dict[str, Any]) -> None:
-        if config.eval.save_samples:
-            with _written(folder / "samples"):
-                outcomes(name, side, program)
 
     def as_base() -> AbstractContextManager[None]:
         return routed.context.override("off") if routed.layers else original_weights(routed.model, config.model)
 
-    return compare(
+    return score(
+        config,
         routed.model,
         tokenizer,
-        names,
-        config=config.eval,
-        data_root=config.data.root,
-        seed=config.seed,
+        benchmark_names(config),
+        folder,
+        facts=_model_facts(config, tokenizer, adapter, served),
+        accelerator=accelerator,
+        shared=not is_shared_out(routed.model),  # requests that are split over processes make unequal numbers of passes
+        console=console,
         base_mode=as_base,
         serving=lambda name: routed.context.serving(**served[name]),
         reading=routed.context.open if routed.context.reads_prompts else None,
-        # requests that are split over processes make unequal numbers of passes
-        accelerator=None if is_shared_out(routed.model) else accelerator,
-        on_result=keep,
-        on_program=keep_program,
     )
+
+
+def _model_facts(
+    config: RunConfig, tokenizer: Any, adapter: Path, served: Mapping[str, Served]
+) -> Callable[[str, Side], Facts]:
+    """What decides the answers of a side to a benchmark besides the questions; read when it is first asked for."""
+
+    @cache
+    def of_base() -> Facts:
+        return base_facts(config.model, tokenizer)
+
+    @cache
+    def of_adapter() -> tuple[str, list[Any]]:
+        manifest, experts = adapter_files.read_manifest(adapter), config.experts.model_dump(mode="json")
+        experts = {key: value for key, value in experts.items() if key not in ("form", "dropout", "adapters")}
+        routing = list(config.trainer.stages.values())[-1].routing
+        return manifest["weights_sha256"], [experts, config.router.model_dump(mode="json"), routing, manifest["sites"]]
+
+    def facts(name: str, side: Side) -> Facts:
+        if side == "base":
+            return of_base()
+        weights, mixture = of_adapter()
+        return of_base() | {"adapter_sha256": weights, "experts_sha256": facts_sha256([*mixture, served[name]])}
+
+    return facts
 
 
 def show_data(config: RunConfig, *, n: int = 2, ids: bool = False) -> None:
@@ -310,25 +324,25 @@ def _manifest_facts(config: RunConfig, mixture: Mixture, identity: dict[str, Any
         "base": identity,
         "tasks": list(mixture.task_names),
         "domains": list(mixture.domain_names),
-        "config": {key: value for key, value in config.plain().items() if key not in PLACES},
+        "config": _placeless(config),
         "versions": versions(),
+        "commit": commit(),
     }
 
 
-def finish(config: RunConfig, run_dir: Path, outcome: dict[str, Any], seconds: float, extra: dict[str, Any]) -> None:
-    """Write results.json and show the table."""
-    results = write_results(
-        run_dir / RESULTS,
-        scores=outcome["scores"],
-        skipped=outcome["skipped"],
-        config=config.plain(),
-        seed=config.seed,
-        model=config.model.name,
-        wall_seconds=seconds,
-        extra=extra,
-    )
-    render_table(results, screen())
-    print(f"results: {run_dir / RESULTS}")
+def _made_with(config: RunConfig) -> dict[str, Any]:
+    """What every number of the log carries."""
+    return {
+        "config_hash": config_hash(_placeless(config)),
+        "seed": config.seed,
+        "versions": versions(),
+        "commit": commit(),
+    }
+
+
+def _placeless(config: RunConfig) -> dict[str, Any]:
+    """The config without where the run is and what it continues."""
+    return {key: value for key, value in config.plain().items() if key not in PLACES}
 
 
 def _written(place: Path) -> AbstractContextManager[None]:

@@ -5,7 +5,7 @@ need no weights: at most the base model's config.json.
 """
 
 from collections.abc import Mapping
-from typing import Any, get_args, get_origin
+from typing import Any, TypeVar, get_args, get_origin
 
 from pydantic import BaseModel, ValidationError
 
@@ -14,6 +14,8 @@ from loramoe_train.experts.layouts import expand_layout, per_layer
 from loramoe_train.parts import check_part, takes
 from loramoe_train.schema.run import RunConfig
 
+Schema = TypeVar("Schema", bound=BaseModel)
+
 ROUTER_FACTS = ("d_in", "num_experts", "top_k", "heads", "num_tasks", "num_domains", "device", "generator")
 AUX_FACTS = ("top_k", "num_experts", "tasks", "num_domains")
 BANK_FACTS = ("d_in", "d_out", "ranks", "scales", "dropout", "device", "generator")
@@ -21,20 +23,27 @@ BANK_FACTS = ("d_in", "d_out", "ranks", "scales", "dropout", "device", "generato
 
 def validate(values: Mapping[str, Any]) -> RunConfig:
     """The typed config, or ConfigError naming the full key, the value, what would be right and the nearest name."""
-    try:
-        config = RunConfig.model_validate(values)
-    except ValidationError as error:
-        raise ConfigError(_one_line(error)) from error
+    config = typed(RunConfig, values)
     check_parts(config)
     return config
 
 
-def _one_line(error: ValidationError) -> str:
+def typed(schema: type[Schema], values: Mapping[str, Any]) -> Schema:
+    """Plain values as a schema has them, or ConfigError as of `validate`."""
+    try:
+        return schema.model_validate(values)
+    except ValidationError as error:
+        raise ConfigError(_one_line(error, schema)) from error
+
+
+def _one_line(error: ValidationError, schema: type[BaseModel]) -> str:
     first, others = error.errors()[0], error.error_count() - 1
     location = [str(part) for part in first["loc"]]
     key, more = ".".join(location), f" (and {others} more)" if others else ""
     if first["type"] == "extra_forbidden":
-        return f"unknown key {key}={shown(first['input'])}{nearest(location[-1], _fields_at(location[:-1]))}{more}"
+        return (
+            f"unknown key {key}={shown(first['input'])}{nearest(location[-1], _fields_at(schema, location[:-1]))}{more}"
+        )
     if first["type"] == "missing" and location[0] == "aux_loss" and location[-1] == "make":
         name = ".".join(location[:-1])
         return f"{name} has no make: no auxiliary loss of that name is chosen; e.g. aux_loss=[load_balance]{more}"
@@ -49,9 +58,9 @@ def _one_line(error: ValidationError) -> str:
     return f"{key}={shown(first['input'])}: {message}{more}"
 
 
-def _fields_at(location: list[str]) -> list[str]:
+def _fields_at(schema: type[BaseModel], location: list[str]) -> list[str]:
     """Field names of the schema at a place; empty where keys are free."""
-    model: Any = RunConfig
+    model: Any = schema
     for part in location:
         if isinstance(model, type) and issubclass(model, BaseModel):
             field = model.model_fields.get(part)

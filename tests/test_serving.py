@@ -7,6 +7,7 @@ from accelerate import Accelerator
 
 from loramoe_train.errors import ConfigError
 from loramoe_train.evaluation.harness import evaluate
+from loramoe_train.experts.adapters import save_adapter
 from loramoe_train.models import load_tokenizer
 from loramoe_train.run import build_routed, evaluate_routed
 from loramoe_train.serving import check_same_origins, origins_asked, served_by
@@ -91,9 +92,10 @@ def test_benchmarks_are_answered_by_their_own_tasks_experts(tmp_path):
     tokenizer = load_tokenizer(config.model)
     served = found(config, *TASKS)
     accelerator = Accelerator(cpu=True)
-    evaluate_routed(config, routed, tokenizer, tmp_path, accelerator, None, served=served)
+    save_adapter(tmp_path, routed.tensors(), routed.plan, {})
+    evaluate_routed(config, routed, tokenizer, tmp_path, accelerator, None, served=served, adapter=tmp_path)
     for index, name in enumerate(TASKS):
-        (path,) = (tmp_path / "samples").glob(f"*{name}*")
+        (path,) = (tmp_path / "samples").glob(f"*{name}*.jsonl")
         ours = [json.loads(line)["log_likelihoods"] for line in path.read_text().splitlines()]
         for task in range(2):
             with routed.context.serving(task=task):

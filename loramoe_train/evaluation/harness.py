@@ -6,7 +6,6 @@ Both refuse what cannot work before they touch the model, and give it back as th
 
 import gc
 import logging
-import random
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -15,7 +14,6 @@ from typing import Any
 
 import lm_eval.api.task
 import lm_eval.tasks
-import numpy as np
 import torch
 from lm_eval.evaluator import evaluate as run_lm_eval
 from lm_eval.models.huggingface import HFLM
@@ -27,7 +25,7 @@ from loramoe_train.evaluation.check import Planned, Selection, check_benchmarks,
 from loramoe_train.evaluation.comparison import paired_score
 from loramoe_train.evaluation.prompts import KnownPrompts
 from loramoe_train.evaluation.samples import tidy_samples
-from loramoe_train.evaluation.state import max_positions, preserved
+from loramoe_train.evaluation.state import max_positions, preserved, seed_all
 from loramoe_train.evaluation.statistics import standard_error
 from loramoe_train.evaluation.types import BenchmarkResult, Progress, Side
 from loramoe_train.routing.types import Tokens
@@ -40,6 +38,7 @@ FEWSHOT_SEED = 1234
 
 BaseMode = Callable[[], AbstractContextManager[Any]]
 Serving = Callable[[str], AbstractContextManager[Any]]
+Finished = Callable[[str, Side], BenchmarkResult | None]
 Reading = Callable[[Tokens], AbstractContextManager[Any]]
 
 
@@ -87,6 +86,8 @@ def compare(
     accelerator: Any = None,
     on_result: Callable[[Side, BenchmarkResult], None] | None = None,
     on_program: Callable[[str, Side, dict[str, Any]], None] | None = None,
+    finished: Finished = lambda benchmark, side: None,
+    tuned: bool = True,
 ) -> dict[str, Any]:
     """Score a model as it is and, inside `base_mode()`, as its base: one loaded model, the same prompts.
 
@@ -98,25 +99,32 @@ def compare(
         on_result: gets each result as soon as it is there, on every process; for example to store its samples.
         on_program: gets benchmark, side, code and outcome of each program of the model's when it has been run, on the
             process that ran it.
+        finished: gives a result that is known already, the same on every process, which then is not asked for again.
+        tuned: False: the model is a base, and nothing else is scored.
 
     Returns:
         `{"scores": {NAME: entry}, "skipped": {NAME: reason}}`, with the entries of `comparison.paired_score`; their
-        base parts are None without `base_mode` or with `config.base` false.
+        base parts are None without `base_mode` or with `config.base` false, their tuned ones with `tuned` false.
     """
     tell = on_result or (lambda side, result: None)
     with _session(model, tokenizer, benchmarks, config, data_root, seed, progress, accelerator) as session:
         session.lm.reading, session.on_program = reading, on_program
         scores = {}
         for planned in session.selection.planned:
-            base = None
-            with serving(planned.benchmark.name):
-                tuned = session.run(planned, "tuned")
-            tell("tuned", tuned)
-            if config.base and base_mode is not None:
-                with base_mode():
-                    base = session.run(planned, "base")
-                tell("base", base)
-            scores[planned.benchmark.name] = paired_score(tuned, base)
+            name, results = planned.benchmark.name, {}
+            modes: dict[Side, Callable[[], AbstractContextManager[Any]]] = {}
+            if tuned:
+                modes["tuned"] = lambda name=name: serving(name)
+            if base_mode is not None and (config.base or not tuned):
+                modes["base"] = base_mode
+            for side, mode in modes.items():
+                results[side] = finished(name, side)
+                if results[side] is None:
+                    seed_all(seed)  # the same result whatever was scored before
+                    with mode():
+                        results[side] = session.run(planned, side)
+                    tell(side, results[side])
+            scores[name] = paired_score(results.get("tuned"), results.get("base"))
         return {"scores": scores, "skipped": session.selection.skipped}
 
 
@@ -142,9 +150,7 @@ def _session(
         raise ConfigError(f"eval.limit={config.limit} is fewer than the {processes} processes that share the examples")
     # no_grad, not inference_mode: tensors that a module caches here (rotary tables) must serve in training afterwards
     with preserved(core, tokenizer), torch.no_grad(), _quiet():
-        random.seed(seed)
-        np.random.seed(seed % 2**32)
-        torch.manual_seed(seed)
+        seed_all(seed)
         lm = _InMemoryModel(core, tokenizer, config, accelerator if processes > 1 else None, progress)
         for planned in selection.planned:  # again, for models whose config declares no positions
             check_length(planned.benchmark.name, planned.new_tokens, lm.max_length)

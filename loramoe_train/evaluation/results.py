@@ -58,7 +58,7 @@ def write_results(
     repeated = content.keys() & (extra or {}).keys()
     if repeated:
         raise ValueError(f"results.json has {sorted(repeated)[0]!r} already")
-    content = _finite({**content, **(extra or {})})
+    content = finite({**content, **(extra or {})})
     _write_aside(Path(path), json.dumps(content, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
     return content
 
@@ -66,7 +66,7 @@ def write_results(
 def write_samples(folder: str | Path, name: str, side: Side, samples: Iterable[Mapping[str, Any]]) -> Path:
     """`FOLDER/NAME.SIDE.jsonl`, one document a line, written in one piece."""
     path = Path(folder) / f"{name}.{side}.jsonl"
-    lines = (json.dumps(_finite(sample), ensure_ascii=False, allow_nan=False) + "\n" for sample in samples)
+    lines = (json.dumps(finite(sample), ensure_ascii=False, allow_nan=False) + "\n" for sample in samples)
     _write_aside(path, "".join(lines))
     return path
 
@@ -87,30 +87,38 @@ def read_results(path: str | Path) -> dict[str, Any]:
     except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
         raise DataError(f"{path} is not a readable results file ({error}); evaluate again") from None
     if not isinstance(content, dict) or not isinstance(content.get("scores"), dict):
-        raise DataError(f"{path} is not a results file: it has no 'scores'")
+        raise DataError(f"{path} is not a results file: it has no 'scores'; evaluate again")
     for name, score in content["scores"].items():
-        if not isinstance(score, dict) or not isinstance(score.get("tuned"), int | float):
-            raise DataError(f"{path}: scores.{name} has no number 'tuned'")
+        if not isinstance(score, dict) or not any(isinstance(score.get(s), int | float) for s in ("tuned", "base")):
+            raise DataError(f"{path}: scores.{name} has no number 'tuned' or 'base'; evaluate again")
     return content
 
 
 def render_table(results: Mapping[str, Any], console: Console) -> None:
-    """Print scores in per cent with their standard errors, the mean over benchmarks, and what was skipped and why."""
+    """Print scores in per cent with their standard errors, the mean over benchmarks, and what was skipped and why.
+
+    `p` is that of the difference of a benchmark for itself. Where nothing was tuned there is one column of scores.
+    """
     scores = results["scores"]
+    compared = any(score.get("tuned") is not None for score in scores.values())
+    sides = ("base", "tuned") if compared else ("base",)
     table = Table(title="Benchmarks, per cent", title_justify="left")
     for heading in ("benchmark", "metric"):
         table.add_column(heading)
-    for heading in ("n", "shots", "base", "tuned", "difference"):
+    for heading in ("n", "shots", *sides, *(("difference", "p") if compared else ())):
         table.add_column(heading, justify="right", no_wrap=True)
     for name, score in scores.items():
-        cells = (_cell(score.get(key), score.get(f"{key}_stderr")) for key in ("base", "tuned"))
-        change = _cell(score.get("difference"), score.get("difference_stderr"), signed=True)
+        cells = [_cell(score.get(key), score.get(f"{key}_stderr")) for key in sides]
+        if compared:
+            cells.append(_cell(score.get("difference"), score.get("difference_stderr"), signed=True))
+            cells.append(p_cell(score.get("p_value")))
         shots, metric = score.get("num_fewshot"), str(score.get("metric", "")).removesuffix(",none")
-        table.add_row(name, metric, str(score.get("n", "")), "" if shots is None else str(shots), *cells, change)
+        table.add_row(name, metric, str(score.get("n", "")), "" if shots is None else str(shots), *cells)
     if len(scores) > 1:
         table.add_section()
-        means = [_mean(scores, key) for key in ("base", "tuned", "difference")]
-        table.add_row("mean", "", "", "", _cell(means[0]), _cell(means[1]), _cell(means[2], signed=True), style="bold")
+        means = [_cell(_mean(scores, key)) for key in sides]
+        means += [_cell(_mean(scores, "difference"), signed=True)] if compared else []
+        table.add_row("mean", "", "", "", *means, style="bold")
     if scores:
         console.print(table)
     for name, reason in results.get("skipped", {}).items():
@@ -121,6 +129,13 @@ def _mean(scores: Mapping[str, Mapping[str, Any]], key: str) -> float | None:
     """Over all benchmarks, or None if one of them lacks the number: a mean over a part would mislead."""
     values = [score.get(key) for score in scores.values()]
     return None if any(value is None for value in values) else sum(values) / len(values)  # type: ignore[arg-type]
+
+
+def p_cell(value: float | None) -> str:
+    """A p-value for a table."""
+    if value is None:
+        return "-"
+    return f"{value:.3f}" if value >= 0.001 else "<0.001"
 
 
 def _cell(value: float | None, error: float | None = None, *, signed: bool = False) -> str:
@@ -163,14 +178,14 @@ def commit() -> str | None:
     return head.stdout.strip() + ("+changes" if changes.stdout.strip() else "")
 
 
-def _finite(value: Any) -> Any:
+def finite(value: Any) -> Any:
     """JSON has no NaN or infinity; a number that is none becomes null."""
     if isinstance(value, float) and not math.isfinite(value):
         return None
     if isinstance(value, Mapping):
-        return {key: _finite(entry) for key, entry in value.items()}
+        return {key: finite(entry) for key, entry in value.items()}
     if isinstance(value, list | tuple):
-        return [_finite(entry) for entry in value]
+        return [finite(entry) for entry in value]
     return value
 
 

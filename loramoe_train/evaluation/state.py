@@ -35,6 +35,13 @@ def preserved(model: nn.Module, tokenizer: Any) -> Iterator[None]:
             tokenizer.padding_side, tokenizer.pad_token = padding
 
 
+def seed_all(seed: int) -> None:
+    """Set the random states of Python, numpy and torch."""
+    random.seed(seed)
+    np.random.seed(seed % 2**32)
+    torch.manual_seed(seed)
+
+
 @contextmanager
 def _random_states() -> Iterator[None]:
     states = random.getstate(), np.random.get_state(), torch.get_rng_state()

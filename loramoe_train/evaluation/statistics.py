@@ -19,13 +19,19 @@ def standard_error(values: Sequence[Any], metric: str) -> float | None:
         return None
     if not isinstance(values[0], list | tuple):
         return float(np.std(np.asarray(values, dtype=float), ddof=1) / math.sqrt(len(values)))
-    pairs = np.asarray(values, dtype=int)
-    if metric not in {"mcc", "f1"} or not np.isin(pairs, (0, 1)).all():
+    pairs = as_classes(values, metric)
+    if pairs is None:
         return None
     counts = np.bincount(2 * pairs[:, 0] + pairs[:, 1], minlength=4)
     drawn = np.random.default_rng(0).multinomial(len(pairs), counts / len(pairs), size=RESAMPLES)
     right_no, false_yes, missed_yes, right_yes = drawn.T.astype(float)
-    return float(np.std(_SCORES[metric](right_no, false_yes, missed_yes, right_yes), ddof=1))
+    return float(np.std(SCORES[metric](right_no, false_yes, missed_yes, right_yes), ddof=1))
+
+
+def as_classes(values: Sequence[Any], metric: str) -> np.ndarray | None:
+    """(gold, prediction) pairs of two classes as (n, 2) integers; None for another metric, or more classes."""
+    pairs = np.asarray(values) if metric in SCORES else np.empty(0)
+    return pairs.astype(int) if pairs.ndim == 2 and np.isin(pairs, (0, 1)).all() else None
 
 
 def _mcc(right_no: np.ndarray, false_yes: np.ndarray, missed_yes: np.ndarray, right_yes: np.ndarray) -> np.ndarray:
@@ -42,4 +48,5 @@ def _ratio(above: np.ndarray, below: np.ndarray) -> np.ndarray:
     return np.divide(above, below, out=np.zeros_like(above), where=below > 0)
 
 
-_SCORES = {"mcc": _mcc, "f1": _f1}
+# of counts: gold no and predicted no, gold no predicted yes, gold yes predicted no, both yes
+SCORES = {"mcc": _mcc, "f1": _f1}

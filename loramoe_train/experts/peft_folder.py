@@ -25,6 +25,7 @@ from torch import Tensor
 
 from loramoe_train.errors import ConfigError, DataError, MissingFileError, nearest
 from loramoe_train.files import read_json, sync
+from loramoe_train.models.files import safetensors_header
 
 CONFIG, WEIGHTS, PICKLE = "adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"
 PREFIX = "base_model.model."
@@ -108,6 +109,33 @@ def read_peft_folder(path: str | Path) -> LoraAdapter:
     modules = {name: _factors(file, name, pairs[name], config) for name in sorted(pairs, key=_natural)}
     own = folder.resolve().name
     return LoraAdapter(own, config.get("base_model_name_or_path") or None, modules, config.get("task_type"), config)
+
+
+def read_peft_config(
+    path: str | Path, *, allowed: Sequence[str] = ()
+) -> tuple[dict[str, Any], dict[str, tuple[int, int, int, float]]]:
+    """The checked config of an adapter folder, and (in, out, rank, alpha) of every module; no tensor is read.
+
+    Sizes are those of the weights file. `allowed`: settings beyond a plain LoRA that the caller can serve. Raises as
+    `read_peft_folder` does.
+    """
+    folder = Path(path)
+    file = _require(folder)
+    config = _read_config(folder / CONFIG)
+    _check_kind(folder, {key: value for key, value in config.items() if key not in allowed})
+    pairs: dict[str, dict[str, tuple[int, ...]]] = {}
+    for key, entry in safetensors_header(file)[0].items():
+        if config.get("use_dora") and key.endswith(".lora_magnitude_vector"):
+            continue
+        module, part = _parse(file, key)
+        pairs.setdefault(module, {})[part] = tuple(entry["shape"])
+    if not pairs:
+        raise DataError(f"{file} holds no LoRA factors")
+    modules = {}
+    for name in sorted(pairs, key=_natural):
+        rank, alpha = _rank_and_alpha(file, name, pairs[name], config)
+        modules[name] = pairs[name]["A"][1], pairs[name]["B"][0], rank, alpha
+    return config, modules
 
 
 def write_peft_folder(
@@ -206,14 +234,12 @@ def _read_config(path: Path) -> dict[str, Any]:
 def _check_kind(folder: Path, config: Mapping[str, Any]) -> None:
     path = folder / CONFIG
     if config.get("peft_type") != "LORA":
-        raise ConfigError(f"{path}: peft_type is {config.get('peft_type')!r}; only LORA adapters become experts")
+        raise ConfigError(f"{path}: peft_type is {config.get('peft_type')!r}; only LORA adapters are served")
     if config.get("bias") not in (None, "none"):
-        raise ConfigError(
-            f"{path}: bias={config['bias']!r} trains biases of the base; only bias='none' can be imported"
-        )
+        raise ConfigError(f"{path}: bias={config['bias']!r} trains biases of the base; only bias='none' is served")
     for key, why in _UNSUPPORTED.items():
         if config.get(key):
-            raise ConfigError(f"{path}: {key}={_shown(config[key])} cannot be imported: {why}")
+            raise ConfigError(f"{path}: {key}={_shown(config[key])} is not served: {why}")
     start = config.get("init_lora_weights")
     if isinstance(start, str) and start.startswith(_CHANGES_BASE):
         raise ConfigError(
@@ -268,6 +294,15 @@ def _as_float(file: Path, key: str, tensor: Tensor) -> Tensor:
 
 
 def _factors(file: Path, name: str, pair: Mapping[str, Tensor], config: Mapping[str, Any]) -> LoraFactors:
+    rank, alpha = _rank_and_alpha(file, name, {part: tuple(tensor.shape) for part, tensor in pair.items()}, config)
+    scale = alpha / math.sqrt(rank) if config.get("use_rslora") else alpha / rank
+    return LoraFactors(down=pair["A"].contiguous(), up=(pair["B"] * scale).contiguous())
+
+
+def _rank_and_alpha(
+    file: Path, name: str, pair: Mapping[str, tuple[int, ...]], config: Mapping[str, Any]
+) -> tuple[int, float]:
+    """As the config says them for a module, whose factors must have shapes that fit."""
     for part, other in (("A", "B"), ("B", "A")):
         if part not in pair:
             raise DataError(f"{file}: {name} has lora_{other} but no lora_{part}")
@@ -279,12 +314,9 @@ def _factors(file: Path, name: str, pair: Mapping[str, Tensor], config: Mapping[
         raise DataError(f"{path}: the rank of {name} is {rank!r}; it must be a whole number of at least 1")
     if not _number(alpha):
         raise DataError(f"{path}: the alpha of {name} is {alpha!r}; it must be a number")
-    if not down.shape[0] == up.shape[1] == rank:
-        raise DataError(
-            f"{file}: {name} has lora_A {tuple(down.shape)} and lora_B {tuple(up.shape)}, but {CONFIG} says rank {rank}"
-        )
-    scale = alpha / math.sqrt(rank) if config.get("use_rslora") else alpha / rank
-    return LoraFactors(down=down.contiguous(), up=(up * scale).contiguous())
+    if len(down) != 2 or len(up) != 2 or not down[0] == up[1] == rank:
+        raise DataError(f"{file}: {name} has lora_A {down} and lora_B {up}, but {CONFIG} says rank {rank}")
+    return int(rank), float(alpha)
 
 
 def pattern_value(pattern: Mapping[str, Any], module: str, default: Any) -> Any:

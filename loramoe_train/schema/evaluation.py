@@ -33,6 +33,7 @@ class EvalConfig(Strict):
     max_length: int | None = Field(default=None, gt=1)  # tokens; null: the model's positions
     chat_template: bool = False
     save_samples: bool = True
+    again: bool = False  # score also what an evaluation that was interrupted has finished
     allow_code_execution: bool = False  # HumanEval runs what the model wrote, in a restricted child process
     # how it is contained; auto: the strongest that works, never user, in which code can read what its user can read
     sandbox: Literal["auto", "bubblewrap", "namespaces", "seccomp", "user"] = "auto"

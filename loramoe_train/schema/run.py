@@ -13,6 +13,27 @@ from loramoe_train.schema.model import ModelConfig, SuggestConfig
 from loramoe_train.schema.trainer import TrainerConfig
 
 
+class RowsConfig(Strict):
+    """Where the rows of benchmarks are."""
+
+    root: str | None = None  # folder of local files; null: hub
+
+
+class ScoringConfig(Strict):
+    """What scoring needs of a model that no run of this program made."""
+
+    seed: int = Field(default=0, ge=0)
+    run_dir: str | None = None  # folder of the results; null: outputs/eval/NAME-HASH
+    offline: bool = False  # fetch nothing: sets the hub libraries' offline switches
+    model: ModelConfig
+    data: RowsConfig = Field(default_factory=RowsConfig)
+    eval: EvalConfig = Field(default_factory=EvalConfig)
+
+    def plain(self) -> dict[str, Any]:
+        """A dict of plain values."""
+        return self.model_dump(mode="json")
+
+
 class RunConfig(Strict):
     """Everything that a run needs; `config.resolved.yaml` is its dump."""
 

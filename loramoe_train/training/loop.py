@@ -5,10 +5,10 @@ counters in a checkpoint: batches are seekable, random numbers are seeded per mi
 A run that is stopped anywhere and resumed therefore goes on as if nothing had happened, bit for bit on a CPU.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from accelerate import Accelerator
 from torch import nn
@@ -39,6 +39,7 @@ def fit(
     seed: int,
     resume: Path | None = None,
     changed: bool = False,
+    made_with: Mapping[str, Any] | None = None,
     console: "Console | None" = None,
 ) -> TrainingSummary:
     """Train all stages; leaves `metrics.jsonl` and `checkpoints/` in `run_dir`, and the model as after the last step.
@@ -48,6 +49,7 @@ def fit(
         stages: from `plan_stages`.
         resume: a checkpoint folder to continue from (see `checkpoint.find_latest`).
         changed: the configuration may differ from that of the checkpoint.
+        made_with: plain facts that the numbers of the log carry.
         console: where to show progress; None is silent. Only the main process uses it.
 
     Raises:
@@ -72,7 +74,7 @@ def fit(
     )
     if checkpoint is not None:
         run.restore(checkpoint)
-    run.metrics.open(resumed_at=None if checkpoint is None else checkpoint.state["step"])
+    run.metrics.open(resumed_at=None if checkpoint is None else checkpoint.state["step"], made_with=made_with)
     with StopSignals(lambda: run.progress.say("Ctrl-C: saving after this step; again to stop at once")) as signals:
         try:
             with run.progress:

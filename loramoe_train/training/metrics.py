@@ -4,6 +4,7 @@ Every line has `kind`, `step` (optimizer steps taken in the run) and `stage`:
 
 | kind | further keys |
 |---|---|
+| run | config_hash, seed, versions, commit: what the lines below were made with; again where a resumed run has others |
 | train | loss, task_loss {task: nats}, aux {name: {raw, weighted, balanced}}, anchor, lr, grad_norm {group}, timing |
 | eval | loss, task_loss |
 | routing | sites {site: load, entropy, top_share, dead}, layers {layer: {task: share of each expert}}, alarms |
@@ -81,11 +82,12 @@ class Metrics:
         self._accelerator = accelerator
         self._file: IO[str] | None = None
 
-    def open(self, *, resumed_at: int | None = None) -> None:
+    def open(self, *, resumed_at: int | None = None, made_with: Mapping[str, Any] | None = None) -> None:
         """Start writing.
 
         Args:
             resumed_at: optimizer steps already taken; lines of later steps are cut off. None: a new log.
+            made_with: what every number of the log carries, for a line of kind `run`. None: no such line.
 
         Raises:
             LoramoeError: the folder is not writable.
@@ -99,21 +101,27 @@ class Metrics:
             self._file = self.path.open("a", encoding="utf-8")
         except OSError as error:
             raise LoramoeError(f"{self.path} cannot be written ({error.strerror}); choose another run_dir") from error
+        if made_with is not None and last_made_with(self.path) != made_with:
+            self._append({"kind": "run", "step": resumed_at or 0, "stage": "", **made_with})
 
     def write(self, kind: str, step: int, stage: str, values: Mapping[str, Any]) -> None:
         """Append one line and send its numbers to the trackers."""
         if self._file is None:
             return
-        line = json.dumps({"kind": kind, "step": step, "stage": stage, **values}, allow_nan=False)
+        self._append({"kind": kind, "step": step, "stage": stage, **values})
+        if self._accelerator.trackers:
+            # load per expert and share per task stay in the file: thousands of curves help nobody
+            kept = {"sites": _site_scalars(values["sites"])} if kind == "routing" else values
+            self._accelerator.log(flat(kept, prefix=f"{kind}/"), step=step)
+
+    def _append(self, entry: Mapping[str, Any]) -> None:
+        assert self._file is not None
+        line = json.dumps(entry, allow_nan=False)
         try:
             self._file.write(line + "\n")
             self._file.flush()
         except OSError as error:
             raise self._failed(error) from error
-        if self._accelerator.trackers:
-            # load per expert and share per task stay in the file: thousands of curves help nobody
-            kept = {"sites": _site_scalars(values["sites"])} if kind == "routing" else values
-            self._accelerator.log(flat(kept, prefix=f"{kind}/"), step=step)
 
     def sync(self) -> None:
         """Flush to the disk; call it before a checkpoint, which promises that the log reaches as far. Any thread.
@@ -144,6 +152,13 @@ def keep_until(path: Path, step: int) -> None:
     kept = [line for line in content.splitlines(keepends=True) if _step(line) <= step]
     if len(b"".join(kept)) != len(content):
         write_bytes(path, b"".join(kept))
+
+
+def last_made_with(path: Path) -> dict[str, Any] | None:
+    """What the newest line of kind `run` says; None without one."""
+    entries = (json.loads(line) for line in path.read_bytes().splitlines() if b'"kind": "run"' in line)
+    found = [entry for entry in entries if entry["kind"] == "run"]
+    return {key: value for key, value in found[-1].items() if key not in ("kind", "step", "stage")} if found else None
 
 
 def _step(line: bytes) -> float:

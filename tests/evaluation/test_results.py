@@ -20,6 +20,7 @@ SCORES = {
         "base_stderr": 0.03,
         "tuned_stderr": 0.04,
         "difference_stderr": 0.02,
+        "p_value": 0.00042,
         "metric": "exact_match,strict-match",
         "n": 100,
         "num_fewshot": 5,
@@ -89,7 +90,7 @@ def test_samples_are_one_document_a_line(tmp_path):
         ('{"scores": {"gsm8k"', "is not a readable results file"),
         ("[]", "has no 'scores'"),
         ('{"scores": 3}', "has no 'scores'"),
-        ('{"scores": {"cola": {"base": 1}}}', "scores.cola has no number 'tuned'"),
+        ('{"scores": {"cola": {"base": null}}}', "scores.cola has no number 'tuned' or 'base'"),
     ],
 )
 def test_broken_file_is_one_line(tmp_path, text, complaint):
@@ -115,6 +116,7 @@ def test_table(tmp_path):
     text = screen(write(tmp_path / "results.json"))
     (gsm8k,) = (line for line in text.splitlines() if "gsm8k" in line)
     assert "10.0 ± 3.0" in gsm8k and "25.0 ± 4.0" in gsm8k and "+15.0 ± 2.0" in gsm8k and "100" in gsm8k
+    assert "<0.001" in gsm8k
     (cola,) = (line for line in text.splitlines() if "cola" in line)
     assert "70.0" in cola and "65.0" in cola and "-5.0" in cola and "±" not in cola
     (mean,) = (line for line in text.splitlines() if "mean" in line)
@@ -128,6 +130,14 @@ def test_table_without_a_base():
     assert any("cola" in line and "50.0 ± 10.0" in line for line in lines)
     (mean,) = (line for line in lines if "mean" in line)
     assert "50.0" in mean and "-" in mean
+
+
+def test_table_of_a_base_alone_has_one_column():
+    score = {"base": 0.5, "tuned": None, "difference": None, "base_stderr": 0.1, "metric": "acc,none", "n": 4}
+    text = screen({"scores": {"cola": score, "sst2": score}})
+    assert "tuned" not in text and "difference" not in text and text.count("50.0 ± 10.0") == 2
+    (mean,) = (line for line in text.splitlines() if "mean" in line)
+    assert "50.0" in mean
 
 
 def test_commit_only_inside_a_checkout(tmp_path, monkeypatch):

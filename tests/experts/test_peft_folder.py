@@ -232,10 +232,10 @@ def test_coverage_counts_modules_by_kind(peft_folder: Callable[..., Path]) -> No
 
 KEY = "base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight"
 REFUSED_CONFIGS: dict[str, tuple[dict[str, Any], type[LoramoeError], str]] = {
-    "dora": ({"use_dora": True}, ConfigError, "use_dora=True cannot be imported: DoRA"),
+    "dora": ({"use_dora": True}, ConfigError, "use_dora=True is not served: DoRA"),
     "bias": ({"bias": "lora_only"}, ConfigError, "bias='lora_only' trains biases"),
-    "lora_bias": ({"lora_bias": True}, ConfigError, "lora_bias=True cannot be imported"),
-    "modules_to_save": ({"modules_to_save": ["lm_head"]}, ConfigError, r"modules_to_save=\['lm_head'\] cannot"),
+    "lora_bias": ({"lora_bias": True}, ConfigError, "lora_bias=True is not served"),
+    "modules_to_save": ({"modules_to_save": ["lm_head"]}, ConfigError, r"modules_to_save=\['lm_head'\] is not"),
     "token_rows": ({"trainable_token_indices": [1]}, ConfigError, "trainable_token_indices"),
     "parameters": ({"target_parameters": ["experts.down_proj"]}, ConfigError, "target_parameters"),
     "replication": ({"layer_replication": [[0, 2]]}, ConfigError, "layer_replication"),

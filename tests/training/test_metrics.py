@@ -29,6 +29,25 @@ def test_lines_after_the_resumed_step_are_cut(tmp_path: Path) -> None:
     assert lines[:3] == whole.splitlines()[:3] and json.loads(lines[3])["step"] == 5 and len(lines) == 4
 
 
+def test_the_log_says_what_it_was_made_with(tmp_path: Path) -> None:
+    def opened(resumed_at: int | None, seed: int, *steps: int) -> list[tuple]:
+        metrics = Metrics(tmp_path, Accelerator(cpu=True))
+        metrics.open(resumed_at=resumed_at, made_with={"seed": seed, "commit": None})
+        for step in steps:
+            metrics.write("train", step, "s", {"loss": 1.0, "words": '"kind": "run"'})
+        metrics.close()
+        found = [json.loads(line) for line in metrics.path.read_text().splitlines()]
+        assert all("commit" in line for line in found if line["kind"] == "run")
+        return [(line["kind"], line["step"], line.get("seed")) for line in found]
+
+    first = [("run", 0, 1), ("train", 1, None), ("train", 2, None)]
+    assert opened(None, 1, 1, 2) == first
+    assert opened(2, 1) == first, "the same: nothing new to say"
+    assert opened(1, 2, 2) == [*first[:2], ("run", 1, 2), ("train", 2, None)]
+    assert opened(2, 2, 3)[-2:] == [("train", 2, None), ("train", 3, None)]
+    assert opened(None, 2) == [("run", 0, 2)]
+
+
 def test_an_unchanged_log_is_not_rewritten(tmp_path: Path) -> None:
     path = tmp_path / "metrics.jsonl"
     path.write_text('{"step": 1}\n')

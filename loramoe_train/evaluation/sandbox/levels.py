@@ -1,6 +1,5 @@
 """Which level is used: the strongest that holds, or the one that the user named."""
 
-import os
 import shutil
 import sys
 from functools import cache

@@ -5,7 +5,6 @@ import socket
 import tempfile
 from contextlib import suppress
 from pathlib import Path
-from types import MappingProxyType
 
 from loramoe_train.evaluation.sandbox.box import Sandbox
 from loramoe_train.evaluation.sandbox.types import Program

@@ -7,7 +7,6 @@ passes if the values that it asked for are right.
 import ast
 import builtins
 import importlib
-import json
 import os
 import signal
 import traceback
