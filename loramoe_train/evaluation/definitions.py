@@ -24,9 +24,7 @@ def settings(planned: Planned, on_program: OnProgram | None) -> dict[str, Any]:
         metric, filter_name = benchmark.headline.split(",")
         assemble = assembler(benchmark.code, benchmark.task["doc_to_target"])
         run = planned.sandbox.run_all
-        decided |= code_scoring(
-            run, assemble=assemble, metric=metric, filter_name=filter_name, on_program=on_program
-        )
+        decided |= code_scoring(run, assemble=assemble, metric=metric, filter_name=filter_name, on_program=on_program)
     return decided
 
 
