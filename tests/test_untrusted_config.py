@@ -96,6 +96,7 @@ TYPED = {
     "trusted_modules": "trusted_modules: [os]",
     "model.trust_remote_code": "model: {trust_remote_code: true}",
     "eval.allow_code_execution": "eval: {allow_code_execution: true}",
+    "eval.sandbox": "eval: {sandbox: user}",
 }
 BROKEN = {
     "python tag": ("x: !!python/object/apply:os.system [touch MARKER]", "could not determine a constructor"),
@@ -238,6 +239,9 @@ def test_a_stored_config_lets_no_further_code_run(tmp_path):
     folder = stored(tmp_path, lambda v: v["eval"].update(allow_code_execution=True))
     assert config_of(folder, [])[0].eval.allow_code_execution is False
     assert config_of(folder, ["eval.allow_code_execution=true"])[0].eval.allow_code_execution is True
+    folder = stored(tmp_path, lambda v: v["eval"].update(sandbox="user"))
+    assert config_of(folder, ["eval.allow_code_execution=true"])[0].eval.sandbox == "auto"
+    assert config_of(folder, ["eval.sandbox=seccomp"])[0].eval.sandbox == "seccomp"
 
 
 @pytest.mark.parametrize(

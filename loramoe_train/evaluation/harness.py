@@ -240,7 +240,9 @@ def build_task(planned: Planned, on_program: definitions.OnProgram | None = None
             return _load_task(definitions.hub_definition(planned, on_program))
         # an inline group member inherits the stock definition of its name; the index covers one folder, not all tasks
         stock = Path(lm_eval.tasks.__file__).parent / benchmark.stock
-        return _load_task({"group": "hub", "task": [definitions.stock_definition(planned, on_program)]}, index=stock.parent)
+        return _load_task(
+            {"group": "hub", "task": [definitions.stock_definition(planned, on_program)]}, index=stock.parent
+        )
     except (OSError, ValueError) as error:  # what datasets raises for a hub that is out of reach or a name not cached
         reason = " ".join(str(error).split())[:200]
         raise MissingFileError(

@@ -1,4 +1,4 @@
-"""The file that grows while a code benchmark is scored: one program of the model's a line, as soon as it has been run."""
+"""The file that grows while a code benchmark is scored: one program of the model's a line, as soon as it was run."""
 
 import json
 from pathlib import Path

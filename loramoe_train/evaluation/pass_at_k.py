@@ -37,7 +37,13 @@ def assembler(code: str, tests: str) -> Assemble:
 
 
 def code_scoring(
-    run: Run, *, assemble: Assemble, metric: str = "pass@1", filter_name: str = "create_test", k: int = 1, on_program: OnProgram | None = None
+    run: Run,
+    *,
+    assemble: Assemble,
+    metric: str = "pass@1",
+    filter_name: str = "create_test",
+    k: int = 1,
+    on_program: OnProgram | None = None,
 ) -> dict[str, Any]:
     """The two lm-eval task entries that execute completions: a filter that runs them all, and the score of a problem.
 

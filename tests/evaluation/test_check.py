@@ -12,6 +12,7 @@ from loramoe_train import paths
 from loramoe_train.errors import ConfigError, DataError, LoramoeError, MissingFileError
 from loramoe_train.evaluation import check, sandbox
 from loramoe_train.evaluation.check import check_benchmarks
+from loramoe_train.evaluation.sandbox import levels
 from loramoe_train.schema.evaluation import EvalConfig
 from tests.evaluation.rows import LOCAL, write_local
 
@@ -78,7 +79,7 @@ def test_code_is_skipped_unless_allowed(tmp_path):
 def test_code_that_nothing_can_contain_is_refused(tmp_path, monkeypatch):
     write_local(tmp_path, "humaneval")
     sandbox.detect.cache_clear()
-    monkeypatch.setattr(sandbox.levels, "possible_levels", lambda name: [])
+    monkeypatch.setattr(levels, "probe", lambda made: "no")
     try:
         message = refused(ConfigError, ["humaneval"], tmp_path, allow_code_execution=True)
     finally:

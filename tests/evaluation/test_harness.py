@@ -7,7 +7,7 @@ import random
 import subprocess
 import sys
 import textwrap
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import numpy as np
@@ -248,22 +248,41 @@ def test_answer_longer_than_the_model_is_refused(model, tokenizer, root):
         run(model, tokenizer, ["tiny_facts"], root, max_length=16)
 
 
-def test_humaneval_from_prompt_to_pass_at_1(model, tokenizer, root, monkeypatch):
+def test_humaneval_from_prompt_to_pass_at_1(model, tokenizer, root, tmp_path, monkeypatch):
     """The whole path, with the completions put in the model's mouth: the first is right, the second is not."""
     from loramoe_train.evaluation import harness, sandbox
+    from loramoe_train.evaluation.outcomes import OutcomeFiles
 
     try:
-        sandbox.detect()
+        level = sandbox.detect().level
     except ConfigError as error:
         pytest.skip(str(error))
     write_local(root, "humaneval")
     monkeypatch.setattr(harness._InMemoryModel, "generate_until", lambda *_, **__: ["    return a + b\n"] * 2)
-    result = run(model, tokenizer, ["humaneval"], root, allow_code_execution=True)["humaneval"]
+    results = []
+    outcome = compare(
+        model,
+        tokenizer,
+        ["humaneval"],
+        config=EvalConfig(allow_code_execution=True, max_new_tokens=8),
+        data_root=str(root),
+        seed=0,
+        base_mode=nullcontext,
+        on_result=lambda side, found: results.append(found),
+        on_program=OutcomeFiles(tmp_path / "samples"),
+    )
+    result = results[0]
     assert (result.score, result.metric, result.n, result.num_fewshot) == (0.5, "pass@1,create_test", 2, 0)
+    assert outcome["scores"]["humaneval"]["sandbox"] == result.sandbox == level
     first, second = (sample["filtered"]["create_test"][0][0] for sample in result.samples)
     assert (first["verdict"], second["verdict"]) == ("passed", "failed")
     assert second["message"].startswith("AssertionError")
     assert first["code"] == LOCAL["humaneval"][0]["prompt"] + "    return a + b\n"
+    for side in ("tuned", "base"):
+        lines = (tmp_path / "samples" / f"humaneval.{side}.code.jsonl").read_text().splitlines()
+        written = sorted(map(json.loads, lines), key=lambda entry: entry["index"])
+        assert [entry["verdict"] for entry in written] == ["passed", "failed"]
+        assert written[0]["code"] == first["code"]
 
 
 def test_chat_template(model, tokenizer, plain_tokenizer, root):

@@ -1,6 +1,7 @@
 """The estimator against enumeration, and what the executing filter passes on."""
 
 from itertools import combinations
+from typing import Any
 
 import pytest
 from jinja2 import UndefinedError
@@ -31,13 +32,17 @@ DOCS = [
 
 def test_programs_are_run_at_once_and_scored_by_problem():
     ran: list[Program] = []
+    heard: list[dict[str, Any]] = []
 
-    def run(programs):
+    def run(programs, on_outcome):
         ran.extend(programs)
-        return [Outcome("passed" if "good" in program.code else "failed", "", 0.1) for program in programs]
+        outcomes = [Outcome("passed" if "good" in program.code else "failed", "", 0.1) for program in programs]
+        for index in reversed(range(len(outcomes))):
+            on_outcome(index, outcomes[index])
+        return outcomes
 
     assemble = assembler("{{prompt}}{{response}}", "{{test}}\ncheck({{entry_point}})")
-    entries = code_scoring(run, assemble=assemble, metric="pass@2", filter_name="made", k=2)
+    entries = code_scoring(run, assemble=assemble, metric="pass@2", filter_name="made", k=2, on_program=heard.append)
     assert entries["filter_list"][0]["name"] == "made"
     execute = entries["filter_list"][0]["filter"][0]["filter_fn"]
     found = execute(iter([["  good\n", "  bad\n", "  bad2\n"], ["  good\n", "  good\n"]]), iter(DOCS))
@@ -45,6 +50,10 @@ def test_programs_are_run_at_once_and_scored_by_problem():
     assert len(ran) == 5 and ran[4].tests.endswith("check(g)")
     assert [entry["verdict"] for entry in found[0]] == ["passed", "failed", "failed"]
     assert found[0][0]["code"] == "def f():\n  good\n"
+    assert [entry["index"] for entry in heard] == [4, 3, 2, 1, 0]
+    assert [entry | {"index": None} for entry in reversed(heard)] == [
+        entry | {"index": None} for entry in found[0] + found[1]
+    ]
     assert entries["process_results"](DOCS[0], [found[0]]) == {"pass@2": pytest.approx(2 / 3)}
     assert entries["process_results"](DOCS[1], [found[1]]) == {"pass@2": 1.0}
 

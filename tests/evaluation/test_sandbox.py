@@ -1,9 +1,12 @@
-"""Model-written code is contained on every level that this machine offers, and refused where there is none."""
+"""Which level is chosen, what honest programs find inside, and that the limits hold."""
 
+import base64
 import json
+import marshal
 import os
+import re
 import shutil
-import socket
+import subprocess
 import sys
 import threading
 import time
@@ -14,195 +17,156 @@ from typing import Any
 import pytest
 
 from loramoe_train.errors import ConfigError
-from loramoe_train.evaluation import sandbox
 from loramoe_train.evaluation.pass_at_k import assembler, code_scoring
-from loramoe_train.evaluation.sandbox import Limits, Program, Sandbox, detect
+from loramoe_train.evaluation.sandbox import Limits, Outcome, Program, Sandbox, box, detect, levels
+from loramoe_train.evaluation.sandbox.inside import syscalls
+from loramoe_train.evaluation.sandbox.levels import possible_levels
+from loramoe_train.evaluation.sandbox.probe import probe
+from loramoe_train.evaluation.sandbox.types import LEVELS
 from loramoe_train.evaluation.tasks import load_benchmark
+from loramoe_train.paths import PACKAGE
 from tests.evaluation.rows import LOCAL
 
-QUICK = Limits(wall_seconds=6.0, cpu_seconds=1)
+QUICK = Limits(wall_seconds=8.0, cpu_seconds=1)
 
 
-@pytest.fixture(params=["bubblewrap", "namespaces"])
-def box(request: pytest.FixtureRequest) -> Sandbox:
-    """Each of the two full levels, where it works; says why it does not."""
+@pytest.fixture(params=LEVELS)
+def sandbox(request: pytest.FixtureRequest) -> Sandbox:
+    """Each level, where it works; says why it does not."""
     made = Sandbox(request.param, QUICK)
-    if request.param not in sandbox._levels(False):
-        pytest.skip(f"{request.param}: needs {'bwrap' if request.param == 'bubblewrap' else 'root and unshare'}")
-    complaint = sandbox._probe(made)
+    complaint = probe(made)
     if complaint is not None:
         pytest.skip(f"{request.param} does not work here: {complaint}")
     return made
 
 
-def test_a_right_program_passes_and_a_wrong_one_fails(box):
-    right = box.run("from typing import List\nimport math, collections, re\nassert math.sqrt(4) == 2")
-    assert (right.verdict, right.message) == ("passed", "")
-    wrong = box.run("assert 1 + 1 == 3, 'no'")
-    assert (wrong.verdict, wrong.message) == ("failed", "AssertionError: no")
-    assert box.run("def f(:").verdict == "failed"
-    assert box.run("'é'.encode('utf-16'); assert len('é') == 1").verdict == "passed"
+@pytest.fixture
+def forgotten() -> Any:
+    """`detect` looks again."""
+    detect.cache_clear()
+    yield
+    detect.cache_clear()
 
 
-@pytest.mark.parametrize(
-    "program",
-    [
-        "import __main__, os; os.write(__main__.settings['result'], __main__.settings['secret'].encode()); os._exit(0)",
-        "raise SystemExit(0)",
-        "import os; os._exit(0)",
-        "import os; os.kill(os.getpid(), 9)",
-        "import sys; sys.exit()",
-    ],
-)
-def test_leaving_early_is_not_passing(box, program):
-    if "kill" in program and box.level == "namespaces":
-        pytest.skip("the first process of a PID namespace cannot kill itself, so this program runs to its end")
-    assert box.run(program).verdict in {"failed", "died"}
+def ran(sandbox: Sandbox, code: str, tests: str = "") -> tuple[str, str]:
+    outcome = sandbox.run(Program(code, tests))
+    return outcome.verdict, outcome.message
 
 
-def test_endless_loop_and_endless_sleep_end(box):
-    short = replace(box, limits=replace(QUICK, wall_seconds=2.5))
-    started = time.monotonic()
-    assert short.run("while True: pass").verdict == "timeout"
-    assert short.run("import time; time.sleep(60)").verdict == "timeout"
-    assert time.monotonic() - started < 15
-
-
-def test_threads_do_not_keep_it_alive(box):
-    program = "import threading, time\nthreading.Thread(target=time.sleep, args=(60,)).start()"
-    outcome = box.run(program)
-    assert outcome.verdict == "passed" and outcome.seconds < 5
-
-
-def test_files_outside_are_out_of_reach(box, tmp_path):
-    """A marker of the user's: deleting, overwriting and replacing it all change nothing."""
-    marker = tmp_path / "thesis.txt"
-    marker.write_text("three years of work")
-    for folder in (tmp_path, *list(tmp_path.parents)[:-1]):
-        folder.chmod(folder.stat().st_mode | 0o005)  # reachable by name for everybody: isolation must do it alone
-    marker.chmod(0o666)
-    home = Path.home() / ".loramoe-sandbox-test"
-    program = f"""
-import os, shutil
-for attack in (
-    lambda: os.remove({str(marker)!r}),
-    lambda: open({str(marker)!r}, "w").write("gone"),
-    lambda: shutil.rmtree({str(tmp_path)!r}),
-    lambda: os.rename({str(marker)!r}, "/tmp/x"),
-    lambda: open({str(home)!r}, "w"),
-    lambda: open("/usr/bin/loramoe-sandbox-test", "w"),
-    lambda: open("/etc/loramoe-sandbox-test", "w"),
-    lambda: os.symlink("/etc", "/usr/x"),
-):
-    try:
-        attack()
-    except OSError:
-        continue
-    raise AssertionError("one attack went through")
-open("mine.txt", "w").write("allowed")
-assert open("mine.txt").read() == "allowed"
-"""
-    outcome = box.run(program)
-    assert (outcome.verdict, outcome.message) == ("passed", "")
-    assert marker.read_text() == "three years of work"
-    assert not home.exists() and not Path("/usr/bin/loramoe-sandbox-test").exists()
-
-
-def test_nothing_is_left_for_the_next_program(box):
-    assert box.run("open('/tmp/left', 'w').write('x')").verdict == "passed"
-    assert box.run("import os; assert not os.path.exists('/tmp/left')").verdict == "passed"
-    assert not Path("/tmp/left").exists()
-
-
-def test_environment_and_descriptors_are_not_inherited(box, monkeypatch, tmp_path):
-    monkeypatch.setenv("SECRET_TOKEN", "hf_123")
-    with open(tmp_path / "open", "w") as held:
-        os.set_inheritable(held.fileno(), True)
-        program = f"""
-import os
-assert "SECRET_TOKEN" not in os.environ
-paths = [f"/proc/self/fd/{{number}}" for number in os.listdir("/proc/self/fd")]
-seen = [os.readlink(path) for path in paths if os.path.islink(path)]
-assert seen and not any({str(tmp_path)!r} in name for name in seen), seen
-"""
-        assert box.run(program).verdict == "passed"
-
-
-def test_the_network_is_out_of_reach(box):
-    """A listener on this machine's loopback is reached from here, not from inside."""
-    with socket.create_server(("127.0.0.1", 0)) as server:
-        port = server.getsockname()[1]
-        socket.create_connection(("127.0.0.1", port), timeout=2).close()
-        program = f"import socket\nsocket.create_connection(('127.0.0.1', {port}), timeout=2)"
-        assert box.run(program).verdict == "failed"
-        abstract = "import socket\ns = socket.socket(socket.AF_UNIX)\ns.connect('\\0loramoe-test')"
-        with socket.socket(socket.AF_UNIX) as other:
-            other.bind("\0loramoe-test")
-            other.listen()
-            assert box.run(abstract).verdict == "failed"
-
-
-def test_fork_bomb_is_contained(box):
-    program = "import os\nwhile True:\n    os.fork()"
-    started = time.monotonic()
-    assert box.run(program).verdict != "passed"
-    assert time.monotonic() - started < 15
-    assert box.run("assert True").verdict == "passed"
-
-
-def test_processes_are_counted(box):
-    program = """
-import os, time
-made = 0
-try:
-    while made < 100:
-        if os.fork() == 0:
-            time.sleep(2)
-            os._exit(0)
-        made += 1
-except OSError:
-    pass
-assert made < 20, made
-"""
-    outcome = box.run(program)
-    assert (outcome.verdict, outcome.message) == ("passed", "")
-
-
-@pytest.mark.parametrize("program", ["x = bytearray(4 << 30)", "x = [0]\nwhile True: x += x"])
-def test_memory_is_limited(box, program):
-    assert box.run(program).message.startswith("MemoryError")
-
-
-def test_disk_is_limited(box):
-    assert "File too large" in box.run("open('big', 'w').write('x' * (2 << 20))").message
-    many = "for n in range(200):\n    open(f'f{n}', 'w').write('x' * (1 << 19))"
-    assert "No space left" in box.run(many).message
-
-
-def test_output_flood_is_capped(box):
-    outcome = box.run("import sys\nwhile True: sys.stdout.write('x' * 100000)")
-    assert outcome.verdict in {"failed", "timeout"} and len(outcome.message) <= 300
-
-
-def test_other_processes_are_out_of_sight(box):
-    program = f"import os\nassert not os.path.exists('/proc/{os.getpid()}/environ') or os.getpid() == {os.getpid()}\n"
-    program += f"try:\n    os.kill({os.getppid()}, 0)\nexcept OSError:\n    pass\nelse:\n    raise AssertionError\n"
-    assert box.run(program).verdict == "passed"
-
-
-def test_nobody_runs_it(box):
-    assert (
-        box.run(
-            "import os\nassert os.getuid() == os.geteuid() == 65534\nassert os.getgroups() in ([], [65534])"
-        ).verdict
-        == "passed"
+def test_a_right_program_passes_and_a_wrong_one_fails(sandbox):
+    assert ran(sandbox, "from typing import List\nimport math, collections, re\nassert math.sqrt(4) == 2") == (
+        "passed",
+        "",
     )
-    if os.geteuid() == 0:
-        assert box.run("import os\nos.setuid(0)").verdict == "failed"
+    assert ran(sandbox, "def f(): return 2", "assert f() == 3, 'no'") == ("failed", "AssertionError: no")
+    assert ran(sandbox, "", "f()") == ("failed", "NameError: name 'f' is not defined")
+    assert ran(sandbox, "def f(:")[0] == "failed"
+    assert ran(sandbox, "def f(): raise ValueError('é')", "f()") == ("failed", "ValueError: é")
+    assert ran(sandbox, "text = '\\ud800é'", "assert len(text) == 2") == ("passed", "")
+    assert ran(sandbox, "text = '\ud800'")[0] == "failed"  # no Python source at all
 
 
-def test_programs_run_in_parallel_and_in_order(box):
-    programs = [Program("import time; time.sleep(0.4)", f"assert {n} % 2 == 0, {n}") for n in range(6)]
+VALUES = """
+from collections import Counter, OrderedDict, defaultdict, namedtuple
+import math
+class Pair:
+    def __init__(self, a, b): self.a, self.b = a, b
+def same(x): return x
+def total(pairs): return sum(p.a * p.b for p in pairs)
+def pair(): return Pair(1, 2)
+def sort(x): x.sort()
+def grow(d): d['new'] = {1}
+def count(n):
+    yield from range(n)
+def fail(kind): raise kind('wanted')
+def counted(x): return Counter(x)
+def point(): return namedtuple('Point', 'x y')(1, 2)
+def convert(x, kind): return kind(x)
+class Odd(Exception): pass
+def odd(): raise Odd('one')
+"""
+VALUE_TESTS = """
+for value in (None, True, 1, -7 ** 5000, 1.5, float('inf'), 'é\\ud800\\n', b'\\x00', 2j, [1, (2, {3})], {(1,): [None]},
+              frozenset({1}), range(3), {}, set(), bytearray(b'x')):
+    assert same(value) == value and type(same(value)) is type(value), value
+assert same(float('nan')) != same(float('nan'))
+assert total([Pair(1, 2), Pair(3, 4)]) == 14
+assert pair().a == 1 and pair() != pair()
+p = Pair(1, 2); p.b = Pair(5, 6); assert p.b.a == 5
+data = [3, 1, 2]; sort(data); assert data == [1, 2, 3]
+table = {}; grow(table); assert table == {'new': {1}}
+assert list(count(3)) == [0, 1, 2] and sum(x for x in count(4)) == 6 and next(count(1)) == 0
+assert counted('aab') == {'a': 2, 'b': 1} and point() == (1, 2)
+assert convert('3', int) == 3 and convert('ab', list) == ['a', 'b']
+assert math.isclose(same(0.1) * 3, 0.3)
+for kind in (ValueError, KeyError, ZeroDivisionError):
+    try:
+        fail(kind)
+    except kind as error:
+        assert 'wanted' in str(error)
+    else:
+        raise AssertionError(kind)
+try:
+    odd()
+except Exception as error:
+    assert 'Odd: one' in str(error)
+def check(candidate):
+    assert candidate(x=3) == 3
+    assert [candidate(n) for n in range(3)] == [0, 1, 2]
+check(same)
+"""
+
+
+def test_values_cross_between_code_and_tests():
+    """The tests see what they would in one process: containers, objects, generators, errors, changes in place."""
+    assert ran(detect(), VALUES, VALUE_TESTS) == ("passed", "")
+
+
+def test_tests_may_be_about_a_function_that_is_called_like_a_builtin():
+    hides = "def sum(a, b): return a + b + 1"
+    assert ran(detect(), hides, "assert sum(10, 15) == 26") == ("passed", "")
+    assert ran(detect(), hides + "\ndef f(x): return x", "assert f(sum([1, 2])) == 3") == ("passed", "")
+
+
+def test_endless_loop_and_endless_sleep_end(sandbox):
+    assert ran(sandbox, "while True: pass") == ("timeout", "stopped after 1 s of CPU time")
+    short = replace(sandbox, limits=replace(QUICK, wall_seconds=1.5))
+    started = time.monotonic()
+    assert ran(short, "import time; time.sleep(60)") == ("timeout", "stopped after 1.5 s")
+    assert time.monotonic() - started < 10
+
+
+def test_threads_do_not_keep_it_alive(sandbox):
+    outcome = sandbox.run(
+        Program("import threading, time\nthreading.Thread(target=time.sleep, args=(60,)).start()", "")
+    )
+    assert outcome.verdict == "passed" and outcome.seconds < 6
+
+
+def test_a_private_folder_can_be_used_and_is_gone_for_the_next_program(sandbox):
+    write = "open('left', 'w').write('x')"
+    if sandbox.level == "user":
+        assert ran(sandbox, write)[0] == "failed"
+        return
+    assert ran(sandbox, write + "\nassert open('left').read() == 'x'") == ("passed", "")
+    assert ran(sandbox, "import os; assert not os.path.exists('left')") == ("passed", "")
+
+
+def test_what_asyncio_needs_is_there(sandbox):
+    code = "import asyncio\nasync def g(): return 2\ndef f(): return asyncio.run(g())"
+    assert ran(sandbox, code, "assert f() == 2") == ("passed", "")
+
+
+def test_nobody_runs_it(sandbox):
+    code = "import os\ndef users(): return os.getuid(), os.geteuid(), os.getgroups()"
+    assert ran(sandbox, code, f"assert not {{0, {os.getuid()}}} & set(users()[:2])")[0] == (
+        "passed" if os.getuid() == 0 or sandbox.level in ("bubblewrap", "namespaces") else "failed"
+    )
+    assert ran(sandbox, "import os\nos.setuid(0)")[0] == "failed"
+
+
+def test_programs_run_in_parallel_and_in_order_and_are_told_of_as_they_end():
+    programs = [Program(f"import time; time.sleep({1.2 - n / 5})", f"assert {n} % 2 == 0, {n}") for n in range(6)]
     alive: list[int] = []
     stop = threading.Event()
 
@@ -210,33 +174,42 @@ def test_programs_run_in_parallel_and_in_order(box):
         while not stop.wait(0.02):
             alive.append(threading.active_count())
 
+    told: list[tuple[int, Outcome]] = []
     watcher = threading.Thread(target=watch)
     watcher.start()
-    outcomes = box.run_all(programs, workers=3)
+    outcomes = Sandbox(detect().level, QUICK, workers=6).run_all(programs, lambda *pair: told.append(pair))
     stop.set()
     watcher.join()
+    assert [outcome.message for outcome in outcomes[1::2]] == [f"AssertionError: {n}" for n in (1, 3, 5)]
     assert [outcome.verdict for outcome in outcomes] == ["passed", "failed"] * 3
-    assert [outcome.message for outcome in outcomes[1::2]] == [
-        "AssertionError: 1",
-        "AssertionError: 3",
-        "AssertionError: 5",
-    ]
-    assert max(alive) >= 3
+    assert max(alive) >= 6
+    assert dict(told) == dict(enumerate(outcomes)) and told[0][0] > told[-1][0]
 
 
-def run_problems(box: Sandbox, problems: list[dict[str, Any]], bodies: list[str]) -> list[float]:
+def test_what_hears_of_an_outcome_may_end_it_all():
+    def full(index: int, outcome: Outcome) -> None:
+        raise OSError("disk full")
+
+    programs = [Program("import time; time.sleep(0.2)", "")] * 40
+    started = time.monotonic()
+    with pytest.raises(OSError, match="disk full"):
+        Sandbox(detect().level, QUICK, workers=2).run_all(programs, full)
+    assert time.monotonic() - started < 6
+
+
+def run_problems(sandbox: Sandbox, problems: list[dict[str, Any]], bodies: list[str]) -> list[float]:
     """pass@1 of each problem through the entries that the harness gives to lm-eval."""
     benchmark = load_benchmark("humaneval")
-    entries = code_scoring(box.run_all, assemble=assembler(benchmark.code, benchmark.task["doc_to_target"]))
+    entries = code_scoring(sandbox.run_all, assemble=assembler(benchmark.code, benchmark.task["doc_to_target"]))
     (step,) = entries["filter_list"][0]["filter"]
     executed = step["filter_fn"]([[body] for body in bodies], problems)
     return [entries["process_results"](doc, [found])["pass@1"] for doc, found in zip(problems, executed, strict=True)]
 
 
-def test_canonical_solutions_pass_and_empty_ones_fail(box):
+def test_canonical_solutions_pass_and_empty_ones_fail(sandbox):
     problems = LOCAL["humaneval"]
-    assert run_problems(box, problems, [row["canonical_solution"] for row in problems]) == [1.0, 1.0]
-    assert run_problems(box, problems, ["", "    return a * b\n"]) == [0.0, 0.0]
+    assert run_problems(sandbox, problems, [row["canonical_solution"] for row in problems]) == [1.0, 1.0]
+    assert run_problems(sandbox, problems, ["", "    return a * b\n"]) == [0.0, 0.0]
 
 
 @pytest.mark.real
@@ -254,60 +227,144 @@ def test_all_canonical_solutions_of_humaneval_pass_and_all_empty_ones_fail(share
     assert sum(run_problems(strongest, problems, [""] * 164)) == 0.0
 
 
-def test_without_any_isolation_it_is_refused(monkeypatch):
-    detect.cache_clear()
+# canonical solutions of MBPP that need more CPU time than the default 5 s
+SLOW_SOLUTIONS = {123}
+
+
+@pytest.mark.real
+@pytest.mark.nightly
+@pytest.mark.parametrize("level", LEVELS)
+def test_canonical_solutions_pass_on_every_level(level, shared_dir):
+    made = Sandbox(level)
+    complaint = probe(made)
+    if complaint is not None:
+        pytest.skip(f"{level} does not work here: {complaint}")
+    names, programs = [], []
+    for line in (shared_dir / "data" / "openai_humaneval" / "test.jsonl").read_text().splitlines():
+        row = json.loads(line)
+        names.append(row["task_id"])
+        programs.append(
+            Program(row["prompt"] + row["canonical_solution"], f"{row['test']}\ncheck({row['entry_point']})")
+        )
+    for split in ("train", "validation", "test", "prompt"):
+        for line in (shared_dir / "data" / "mbpp" / f"{split}.jsonl").read_text().splitlines():
+            row = json.loads(line)
+            names.append(row["task_id"])
+            programs.append(Program(row["code"], "\n".join([row["test_setup_code"], *row["test_list"]])))
+    assert len(programs) == 164 + 974
+    outcomes = dict(zip(names, made.run_all(programs), strict=True))
+    failed = {name: outcome for name, outcome in outcomes.items() if outcome.verdict != "passed"}
+    assert failed.keys() <= SLOW_SOLUTIONS, failed
+
+
+def test_the_order_of_preference():
+    assert possible_levels("auto") == [level for level in LEVELS if level != "user"]
+    for level in LEVELS:
+        assert possible_levels(level) == [level]
+
+
+def test_without_bubblewrap_the_next_level_is_taken(monkeypatch, forgotten):
     monkeypatch.setattr(shutil, "which", lambda name: None)
-    try:
-        with pytest.raises(ConfigError, match="nothing on this machine can contain.*install bubblewrap") as caught:
-            detect()
-        assert "\n" not in str(caught.value)
-    finally:
-        detect.cache_clear()
+    assert possible_levels("auto") == ["namespaces", "seccomp"]
+    monkeypatch.setattr(levels, "probe", lambda made: "no" if made.level == "namespaces" else None)
+    assert detect().level == "seccomp"
 
 
-def test_without_bubblewrap_and_root_it_is_refused(monkeypatch):
-    detect.cache_clear()
-    real = shutil.which
-    monkeypatch.setattr(shutil, "which", lambda name: None if name == "bwrap" else real(name))
-    monkeypatch.setattr(os, "geteuid", lambda: 1000)
-    try:
-        assert sandbox._levels(False) == sandbox._levels(True) == []
-        with pytest.raises(ConfigError, match="install bubblewrap"):
-            detect(allow_weak=True)
-    finally:
-        detect.cache_clear()
+def test_without_any_isolation_it_is_refused(monkeypatch, forgotten):
+    """The weak level would work, and is not taken unless it is named."""
+    monkeypatch.setattr(levels, "probe", lambda made: None if made.level == "user" else "no")
+    with pytest.raises(
+        ConfigError, match="nothing on this machine can contain.*seccomp \\(no\\).*install bubblewrap"
+    ) as caught:
+        detect()
+    assert "\n" not in str(caught.value) and "eval.sandbox=user" in str(caught.value)
+    assert detect("user").level == "user"
+    with pytest.raises(ConfigError, match=r"eval.sandbox=seccomp does not work here; tried seccomp \(no\)"):
+        detect("seccomp")
 
 
-def test_a_level_that_does_not_hold_is_refused(monkeypatch):
-    """A `bwrap` that isolates nothing must be found out by the probe."""
-    detect.cache_clear()
-    monkeypatch.setattr(sandbox, "_levels", lambda allow_weak: ["bubblewrap"])
-    monkeypatch.setattr(sandbox, "_bubblewrap", lambda limits: [])
-    monkeypatch.setattr(sandbox, "_interpreter_inside", lambda python: python)
-    try:
-        with pytest.raises(ConfigError, match=r"tried bubblewrap \("):
-            detect()
-    finally:
-        detect.cache_clear()
+def test_other_systems_are_refused(monkeypatch, forgotten):
+    monkeypatch.setattr(sys, "platform", "darwin")
+    for name in ("auto", *LEVELS):
+        with pytest.raises(ConfigError, match="that needs Linux"):
+            detect(name)
 
 
-def test_the_probe_harms_nothing_where_nothing_holds(monkeypatch, tmp_path):
-    """A plain child process of the same user: found out, and no file of the user's is changed or left behind."""
+def test_a_level_that_does_not_hold_is_refused(monkeypatch, forgotten, tmp_path):
+    """A `bwrap` that isolates nothing must be found out by the probe, which harms nothing of the user's."""
     home = tmp_path / "home"
     home.mkdir()
     (home / "notes").write_text("mine")
     monkeypatch.setenv("HOME", str(home))
-    monkeypatch.setattr(sandbox, "_bubblewrap", lambda limits: [])
-    monkeypatch.setattr(sandbox, "_interpreter_inside", lambda python: python)
-    monkeypatch.setattr(os, "geteuid", lambda: 1000)  # so that the child keeps the user that runs the tests
-    before = sandbox.CHILD.read_bytes()
-    assert "a file outside could be written" in str(sandbox._probe(Sandbox("bubblewrap", QUICK)))
+    monkeypatch.setattr(box, "bubblewrap", lambda *_: [])
+    monkeypatch.setattr(box, "interpreter_inside", lambda python: python)
+    with pytest.raises(ConfigError, match=r"tried bubblewrap \(AssertionError: a file outside could be"):
+        detect("bubblewrap")
     assert [path.name for path in home.iterdir()] == ["notes"] and (home / "notes").read_text() == "mine"
-    assert sandbox.CHILD.read_bytes() == before
 
 
-def test_weak_level_only_when_asked_for(monkeypatch):
-    monkeypatch.setattr(os, "geteuid", lambda: 0)
-    assert "user" not in sandbox._levels(False)
-    if sys.platform.startswith("linux"):
-        assert sandbox._levels(True)[-1] == "user"
+@pytest.mark.parametrize(
+    ("part", "complaint"),
+    [
+        ("landlock.restrict", "a file outside could be written"),
+        ("seccomp.install", "a datagram left"),
+        ("resource.setrlimit", "memory is not limited"),
+    ],
+)
+def test_the_probe_finds_out_what_is_missing(part, complaint, monkeypatch, tmp_path):
+    """Level seccomp with one of its parts taken away."""
+    if probe(Sandbox("seccomp", QUICK)) is not None:
+        pytest.skip("level seccomp does not work here")
+    name = f"{box.INSIDE}.main"
+    source = (Path(box.__file__).parent / "inside" / "main.py").read_text()
+    assert part in source
+    without = compile(source.replace(part, "(lambda *_, **__: None)"), name, "exec")
+    modules = [(known, code) for known, code in box._modules() if known != name]
+    modules.append((name, base64.b64encode(marshal.dumps(without)).decode()))
+    monkeypatch.setattr(box, "_modules", lambda: modules)
+    assert re.search(complaint, str(probe(Sandbox("seccomp", QUICK))))
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="becomes another user")
+def test_an_ordinary_user_is_contained_too(tmp_path):
+    """Every level that works for root here works, by the probe, for a user without any rights."""
+    python = "/usr/bin/python3"  # that of the environment may lie below a home that others may not enter
+    if not Path(python).exists() or subprocess.run([python, "-c", "import datetime as d; d.UTC"]).returncode != 0:
+        pytest.skip("no second interpreter of version 3.11 or later")
+    for folder in (tmp_path, *list(tmp_path.parents)[:-1]):
+        folder.chmod(folder.stat().st_mode | 0o005)
+    copy = tmp_path / "loramoe_train"
+    shutil.copytree(PACKAGE / "evaluation" / "sandbox", copy / "evaluation" / "sandbox")
+    for file in ("__init__.py", "errors.py", "evaluation/__init__.py"):
+        shutil.copy(PACKAGE / file, copy / file)
+    program = (
+        "from loramoe_train.evaluation.sandbox import *; from loramoe_train.evaluation.sandbox.probe import probe\n"
+        f"print([probe(Sandbox(level)) for level in {LEVELS}])"
+    )
+    environment = {"PATH": os.environ["PATH"], "PYTHONPATH": str(tmp_path), "HOME": str(tmp_path)}
+    done = subprocess.run(
+        [python, "-c", program], user=12345, group=12345, extra_groups=[], env=environment, cwd="/",
+        capture_output=True, text=True,
+    )  # fmt: skip
+    works_for_root = [probe(Sandbox(level)) for level in LEVELS]
+    assert done.stdout.strip() == str(works_for_root), done.stderr
+
+
+@pytest.mark.parametrize(
+    ("column", "header"),
+    [(0, "/usr/include/x86_64-linux-gnu/asm/unistd_64.h"), (1, "/usr/include/asm-generic/unistd.h")],
+)
+def test_numbers_of_system_calls_are_those_of_the_headers(column, header):
+    if not Path(header).exists():
+        pytest.skip(f"no {header}")
+    text = Path(header).read_text()
+    known = {name: int(number) for name, number in re.findall(r"#define __NR(?:3264)?_(\w+)\s+(\d+)", text)}
+    for table in (syscalls.ALLOWED, syscalls.CHANGE_FILES, syscalls.LOOKED_INTO):
+        for name, numbers in table.items():
+            if numbers[column] is not None:
+                assert known[name if name in known else name.removeprefix("new")] == numbers[column], name
+    tables = {**syscalls.ALLOWED, **syscalls.CHANGE_FILES, **syscalls.LOOKED_INTO}
+    assert len(tables) >= 130
+    dangerous = """socket connect bind sendmsg ptrace process_vm_writev pidfd_open pidfd_getfd execve fork vfork setsid
+        mount unshare setns bpf keyctl perf_event_open io_uring_setup userfaultfd chmod fchmodat fchownat utimensat"""
+    assert not set(dangerous.split()) & tables.keys()

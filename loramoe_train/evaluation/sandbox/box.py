@@ -1,6 +1,8 @@
 """One program in one child process: started with nothing of ours, watched, ended, its verdict read."""
 
+import base64
 import json
+import marshal
 import os
 import queue
 import secrets
@@ -33,14 +35,14 @@ INSIDE = f"{__package__}.inside"
 # in the order in which they need each other
 MODULES = ("kernel", "syscalls", "seccomp", "landlock", "namespaces", "values", "candidate", "judge", "main")
 START = """
-import json, sys, types
-sources, settings = json.loads(sys.argv[1])
-for name, source in sources:
+import binascii, json, marshal, sys, types
+modules, settings = json.loads(sys.argv[1])
+for name, code in modules:
     module = sys.modules[name] = types.ModuleType(name)
     above, _, last = name.rpartition(".")
     if above:
         setattr(sys.modules[above], last, module)
-    exec(compile(source, name, "exec"), module.__dict__)
+    exec(marshal.loads(binascii.a2b_base64(code)), module.__dict__)
 module.main(settings)
 """
 
@@ -124,7 +126,7 @@ class Sandbox:
 
     def _command(self, user: int | None, result: int) -> list[str]:
         # -I: no environment, no user site; -S: no site-packages, so nothing of the project can be imported inside
-        settings = json.dumps([_sources(), self._settings(user, result)])
+        settings = json.dumps([_modules(), self._settings(user, result)])
         python = [os.path.realpath(sys.executable), "-I", "-S", "-c", START, settings]
         if self.level == "bubblewrap":
             return bubblewrap(self.limits.disk_bytes, NOBODY) + [interpreter_inside(python[0]), *python[1:]]
@@ -150,7 +152,7 @@ class Sandbox:
 
     @contextmanager
     def _folder(self, user: int | None) -> Iterator[str]:
-        """Where the child starts: the stronger levels have a file system of their own, the weakest may write nowhere."""
+        """Where the child starts: the stronger levels have their own file system, the weakest may write nowhere."""
         if self.level != "seccomp":
             yield "/"
             return
@@ -164,10 +166,13 @@ class Sandbox:
 
 
 @cache
-def _sources() -> list[tuple[str, str]]:
+def _modules() -> list[tuple[str, str]]:
+    """Names and byte code of what runs inside: the interpreter there is the same, and has less to do."""
     folder, parts = Path(__file__).parent / "inside", INSIDE.split(".")
-    packages = [(".".join(parts[: n + 1]), "") for n in range(len(parts))]
-    return packages + [(f"{INSIDE}.{name}", (folder / f"{name}.py").read_text(encoding="utf-8")) for name in MODULES]
+    sources = {".".join(parts[: n + 1]): "" for n in range(len(parts))}
+    sources |= {f"{INSIDE}.{name}": (folder / f"{name}.py").read_text(encoding="utf-8") for name in MODULES}
+    codes = {name: marshal.dumps(compile(source, name, "exec")) for name, source in sources.items()}
+    return [(name, base64.b64encode(code).decode()) for name, code in codes.items()]
 
 
 @contextmanager

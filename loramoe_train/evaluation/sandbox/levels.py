@@ -9,11 +9,12 @@ from loramoe_train.evaluation.sandbox.box import Sandbox
 from loramoe_train.evaluation.sandbox.probe import probe
 from loramoe_train.evaluation.sandbox.types import LEVELS, Level, Limits
 
+DEFAULT = Limits()
 WEAK: tuple[Level, ...] = ("user",)
 
 
 @cache
-def detect(name: str = "auto", limits: Limits = Limits(), workers: int | None = None) -> Sandbox:
+def detect(name: str = "auto", limits: Limits = DEFAULT, workers: int | None = None) -> Sandbox:
     """The strongest level that works here; a fraction of a second, once per process.
 
     Args:

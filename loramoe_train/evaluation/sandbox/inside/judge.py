@@ -9,7 +9,6 @@ import builtins
 import importlib
 import os
 import signal
-import traceback
 from typing import Any
 
 from loramoe_train.evaluation.sandbox.inside.values import MUTABLE, dumps, loads
@@ -23,6 +22,10 @@ MODULES = frozenset(
 
 class Gone(BaseException):
     """The foreign code's process has ended. No Exception, so that a test that expects errors does not expect this."""
+
+
+class Full(BaseException):
+    """The private folder holds too much."""
 
 
 class ForeignError(Exception):
@@ -169,20 +172,20 @@ def _module(name: str) -> Any:
     return importlib.import_module(name)
 
 
-def _error(kind: str, message: str, shown: str) -> Exception:
+def _error(kind: str, message: str) -> Exception:
     made = getattr(builtins, kind, None)
-    failure: Exception = ForeignError(message)
     if isinstance(made, type) and issubclass(made, Exception):
         try:
-            failure = made(message)
+            return made(message)
         except TypeError:  # one that takes more, such as UnicodeDecodeError
             pass
-    failure.shown = shown  # type: ignore[attr-defined]
-    return failure
+    return ForeignError(f"{kind}: {message}")
 
 
 def _shown(failure: BaseException) -> str:
-    return str(getattr(failure, "shown", None) or traceback.format_exception_only(failure)[-1].strip())
+    if isinstance(failure, ForeignError | Full):
+        return str(failure)
+    return f"{type(failure).__name__}: {failure}".removesuffix(": ")
 
 
 def _replace(mutable: Any, content: Any) -> None:

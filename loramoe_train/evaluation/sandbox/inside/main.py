@@ -5,15 +5,16 @@ import os
 import resource
 import signal
 import sys
-from pathlib import Path
 from typing import Any
 
 from loramoe_train.evaluation.sandbox.inside import landlock, namespaces, seccomp
 from loramoe_train.evaluation.sandbox.inside.candidate import serve
-from loramoe_train.evaluation.sandbox.inside.judge import Link, judge
+from loramoe_train.evaluation.sandbox.inside.judge import Full, Link, judge
 from loramoe_train.evaluation.sandbox.inside.kernel import SET_DUMPABLE, call, drop_capabilities, no_new_rights
 
 LIBRARIES = ["/usr", "/lib", "/lib32", "/lib64", "/etc/ld.so.cache", "/etc/localtime", "/dev/null", "/dev/urandom"]
+
+MAX_FILES = 1000
 
 
 def main(settings: dict[str, Any]) -> None:
@@ -60,15 +61,29 @@ def main(settings: dict[str, Any]) -> None:
         os.close(other)
     signal.signal(signal.SIGPIPE, signal.SIG_IGN)
     _filter(settings)
+    if level in ("bubblewrap", "namespaces"):
+        _count_files()
     verdict = judge(Link(asked, answered), process, json.load(sys.stdin), settings["limits"]["RLIMIT_CPU"])
     os.write(result, json.dumps({**verdict, "message": verdict["message"][:300]}).encode())
     os._exit(0)
 
 
+def _count_files() -> None:
+    """Stop the judge where the private /tmp, whose size alone is limited, gets too many files."""
+
+    def look(*_: Any) -> None:
+        found = os.statvfs("/tmp")
+        if found.f_files - found.f_ffree > MAX_FILES:
+            raise Full(f"more than {MAX_FILES} files")
+
+    signal.signal(signal.SIGALRM, look)
+    signal.setitimer(signal.ITIMER_REAL, 0.05, 0.05)
+
+
 def _others_may_enter(place: str) -> bool:
     """Whether every user may enter a folder and all those above it."""
-    above = Path(place).resolve()
-    return all(folder.stat().st_mode & 1 for folder in (above, *above.parents))
+    place = os.path.realpath(place)
+    return bool(os.stat(place).st_mode & 1) and (place == "/" or _others_may_enter(os.path.dirname(place)))
 
 
 def _filter(settings: dict[str, Any]) -> None:

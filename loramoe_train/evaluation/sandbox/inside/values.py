@@ -1,7 +1,8 @@
 """Plain values as JSON, for the pipe between the foreign code and its judge.
 
 Numbers, text, bytes, None and the built-in containers of these arrive as equal values of the built-in type, whatever
-subclass they were; built-in types and modules as the receiver's own. Everything else stays where it is and only a number goes over the pipe: see `judge.Reference`.
+subclass they were; built-in types and modules as the receiver's own. Everything else stays where it is and only a
+number goes over the pipe: see `judge.Reference`.
 """
 
 import builtins
