@@ -257,7 +257,7 @@ def test_humaneval_from_prompt_to_pass_at_1(model, tokenizer, root, monkeypatch)
     except ConfigError as error:
         pytest.skip(str(error))
     write_local(root, "humaneval")
-    monkeypatch.setattr(harness._InMemoryModel, "generate_until", lambda *_, **__: ["    return a + b\n"] * 2)
+    monkeypatch.setattr(harness.InMemoryModel, "generate_until", lambda *_, **__: ["    return a + b\n"] * 2)
     result = run(model, tokenizer, ["humaneval"], root, allow_code_execution=True)["humaneval"]
     assert (result.score, result.metric, result.n, result.num_fewshot) == (0.5, "pass@1,create_test", 2, 0)
     first, second = (sample["filtered"]["create_test"][0][0] for sample in result.samples)
