@@ -13,13 +13,14 @@ from typing import Any
 import torch
 from lm_eval.models.huggingface import HFLM
 from lm_eval.models.utils import handle_stop_sequences, normalize_gen_kwargs, postprocess_generated_text
-from torch import nn
+from torch import Tensor, nn
 
 from loramoe_train.errors import DataError
 from loramoe_train.evaluation.batches import BatchSize, run_in_batches
 from loramoe_train.evaluation.generation import generate
-from loramoe_train.evaluation.likelihood import log_likelihoods, longest_shared
+from loramoe_train.evaluation.likelihood import log_likelihoods
 from loramoe_train.evaluation.prompts import KnownPrompts
+from loramoe_train.evaluation.shared_contexts import SharedContexts
 from loramoe_train.evaluation.types import BenchmarkResult, Progress, Side
 from loramoe_train.routing.types import Tokens
 from loramoe_train.schema.evaluation import EvalConfig
@@ -55,6 +56,7 @@ class InMemoryModel(HFLM):
             _batch_size(config.batch_size, LIKELIHOOD_TOKENS, self.device, halves),
             _batch_size(config.generation_batch_size, GENERATION_TOKENS, self.device, halves),
         )
+        self._sharing = SharedContexts(model)
         self._progress = progress
         self._name, self._side, self._done, self._total, self._truncated = "", "tuned", 0, 0, 0
         self._distinct: Iterable[int] = ()
@@ -93,17 +95,15 @@ class InMemoryModel(HFLM):
                 )
             # the last token is only predicted, never read
             self._truncated += len(context) + len(answer) > self.max_length + 1
-        reading = None
-        if self.reading is not None:
-            tell, known = self.reading, KnownPrompts(requests, self.max_length)
-            reading = lambda ids: tell(known.tokens(ids))  # noqa: E731
         return log_likelihoods(
             self.model,
             [(context, answer) for _, context, answer in requests],
             max_length=self.max_length,
             size=self._sizes[0],
-            reading=reading,
-            done=lambda number, answer: self._tell(),
+            # routing that must not look at answers is told where they begin, which it can be in whole rows
+            sharing=self._sharing if self.reading is None else None,
+            reading=None if self.reading is None else _told(self.reading, KnownPrompts(requests, self.max_length)),
+            done=self._tell,
         )
 
     # -- generation ----------------------------------------------------------------------------------------------------
@@ -146,7 +146,7 @@ class InMemoryModel(HFLM):
             stops=stops,
             new_tokens=new_tokens,
             # a decision for a whole sequence is kept for the rows as they were when it was taken
-            drops_rows=greedy and self.reading is None and longest_shared(self.model) > 0,
+            drops_rows=greedy and self.reading is None and self._sharing.longest > 0,
             **options,
         )
         for prompt, tokens in zip(prompts, written, strict=True):
@@ -167,6 +167,10 @@ class InMemoryModel(HFLM):
             torch.distributed.broadcast_object_list(box, src=0)
         assert box[0] is not None
         return box[0]
+
+
+def _told(reading: Reading, known: KnownPrompts) -> Callable[[Tensor], AbstractContextManager[Any]]:
+    return lambda ids_BS: reading(known.tokens(ids_BS))
 
 
 def _batch_size(rows: int | str, tokens: dict[str, int], device: torch.device, halves: bool) -> BatchSize:
