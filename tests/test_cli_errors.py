@@ -1,11 +1,13 @@
 """Bad input on the command line: one clear line, the right exit code, before anything heavy is loaded."""
 
+import logging
 import signal
+import sys
 import time
 
 import pytest
 
-from loramoe_train.cli import _guard, chosen_losses, normalised, ordered
+from loramoe_train.cli import _guard, chosen_losses, normalised, ordered, train
 from loramoe_train.training.signals import STOP_SIGNALS
 from tests.cli import run_cli
 
@@ -72,6 +74,16 @@ def test_a_file_cannot_widen_what_it_may_run(tmp_path):
     (folder / "evil.yaml").write_text("# @package _global_\ntrusted_modules: [os]\n")
     done = run_cli("train", "--config-dir", str(tmp_path / "mine"), "+recipe=evil", cwd=tmp_path)
     assert done.returncode == 2 and "only be set on the command line" in done.stderr
+
+
+def test_loggers_of_an_earlier_run_in_this_process_stay_on(monkeypatch, tmp_path):
+    """The second run of a sweep would otherwise keep its warnings to itself, and so would tests after such a one."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["loramoe-train", "trainer.lr=fast"])
+    log = logging.getLogger("loramoe_train.evaluation.harness")
+    with pytest.raises(SystemExit):
+        train()
+    assert not log.disabled
 
 
 def test_plus_is_optional_before_recipe(tmp_path):
