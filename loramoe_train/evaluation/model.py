@@ -27,10 +27,11 @@ from loramoe_train.schema.evaluation import EvalConfig
 
 Reading = Callable[[Tokens], AbstractContextManager[Any]]
 
-# tokens of a pass with `batch_size=auto`: a processor gains nothing from more, an accelerator is idle with less
-LIKELIHOOD_TOKENS = {"cpu": 2048}
-GENERATION_TOKENS = {"cpu": 16384}  # what the cache holds in the end; a step reads all weights, so many rows pay
-ON_ACCELERATORS = 32768
+# Tokens of a pass where no number of rows is given: of likelihoods, of generation (what its cache holds in the end; a
+# step reads all weights, so many rows pay). A processor gains nothing from more than 512 to 2,048 at once. For
+# accelerators both are estimates.
+ON_PROCESSORS = 2048, 16384
+ON_ACCELERATORS = 32768, 65536
 
 
 @dataclass(frozen=True)
@@ -52,10 +53,12 @@ class InMemoryModel(HFLM):
         super().__init__(pretrained=model, tokenizer=tokenizer, backend="causal", max_length=config.max_length)
         # processes that share out one model must make the same passes, and only one of them may be short of memory
         halves = accelerator is not None or not _in_step()
-        self._sizes = (
-            _batch_size(config.batch_size, LIKELIHOOD_TOKENS, self.device, halves),
-            _batch_size(config.generation_batch_size, GENERATION_TOKENS, self.device, halves),
-        )
+        rows = config.batch_size, config.generation_batch_size
+        tokens = ON_PROCESSORS if self.device.type == "cpu" else ON_ACCELERATORS
+        self._sizes = [
+            BatchSize(tokens=most, halves=halves) if given is None else BatchSize(rows=given, halves=halves)
+            for given, most in zip(rows, tokens, strict=True)
+        ]
         self._sharing = SharedContexts(model)
         self._progress = progress
         self._name, self._side, self._done, self._total, self._truncated = "", "tuned", 0, 0, 0
@@ -171,12 +174,6 @@ class InMemoryModel(HFLM):
 
 def _told(reading: Reading, known: KnownPrompts) -> Callable[[Tensor], AbstractContextManager[Any]]:
     return lambda ids_BS: reading(known.tokens(ids_BS))
-
-
-def _batch_size(rows: int | str, tokens: dict[str, int], device: torch.device, halves: bool) -> BatchSize:
-    if isinstance(rows, int):
-        return BatchSize(rows=rows, halves=halves)
-    return BatchSize(tokens=tokens.get(device.type, ON_ACCELERATORS), halves=halves)
 
 
 def _in_step() -> bool:

@@ -1,6 +1,6 @@
 """Groups `eval` and `launcher`."""
 
-from typing import Annotated, Literal
+from typing import Literal
 
 from pydantic import Field
 
@@ -17,9 +17,9 @@ class EvalConfig(Strict):
     base: bool = True  # score the untuned base too
     limit: int | None = Field(default=None, gt=0)  # examples per benchmark; null: all
     num_fewshot: int | None = Field(default=None, ge=0)  # null: the benchmark's own number
-    # rows of a pass; auto: as many as fit a number of tokens. Either is halved where the memory does not suffice
-    batch_size: Literal["auto"] | Annotated[int, Field(gt=0)] = "auto"  # likelihood requests
-    generation_batch_size: Literal["auto"] | Annotated[int, Field(gt=0)] = "auto"
+    # rows of a pass; null: as many as hold a number of tokens. Either is halved where the memory does not suffice
+    batch_size: int | None = Field(default=None, gt=0)  # likelihood requests
+    generation_batch_size: int | None = Field(default=None, gt=0)
     max_new_tokens: int | None = Field(default=None, gt=0)  # null: the benchmark's own number
     max_length: int | None = Field(default=None, gt=1)  # tokens; null: the model's positions
     chat_template: bool = False

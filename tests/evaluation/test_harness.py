@@ -302,6 +302,33 @@ def test_out_of_memory_says_what_to_lower(model, tokenizer, root, monkeypatch):
         run(model, tokenizer, ["tiny_grammar"], root)
 
 
+def test_batches_change_nothing_and_are_halved_where_the_memory_is_short(model, tokenizer, root):
+    """Whatever the batch sizes, and on a device that holds no pass of more than 90 tokens."""
+    names, root = ["cola", "tiny_facts", "tiny_math"], root / "cola"
+    write_local(root, "tiny_facts"), write_local(root, "tiny_math")
+    one, many = (
+        run(model, tokenizer, names, root, batch_size=size, generation_batch_size=size, max_new_tokens=8)
+        for size in (1, None)
+    )
+    refused = []
+
+    def small(module, args, kwargs):
+        if kwargs["input_ids"].numel() > 90:
+            refused.append(kwargs["input_ids"].shape)
+            raise torch.OutOfMemoryError("out of memory")
+
+    hook = model.register_forward_pre_hook(small, with_kwargs=True)
+    short = run(model, tokenizer, names, root, batch_size=None, generation_batch_size=None, max_new_tokens=8)
+    hook.remove()
+    assert refused
+    for name, result in one.items():
+        for other in (many[name], short[name]):
+            assert other.metrics == result.metrics
+            for mine, theirs in zip(result.samples, other.samples, strict=True):
+                assert mine.get("responses") == theirs.get("responses")
+                assert mine.get("log_likelihoods") == pytest.approx(theirs.get("log_likelihoods"), abs=1e-4)
+
+
 TWO_RANKS = """
     import json, sys
     import torch
