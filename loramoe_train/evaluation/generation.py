@@ -37,7 +37,7 @@ def generate(
     written: dict[int, list[int]] = {}
     numbers, cache = list(range(len(ids_BS))), None
     while numbers:
-        watch = _Finished(tokenizer, stops, prompt, len(numbers), drops_rows, _end_tokens(model, tokenizer))
+        watch = _Finished(tokenizer, stops, prompt, len(numbers), drops_rows, _end_tokens(model))
         output = model.generate(
             input_ids=ids_BS,
             attention_mask=mask_BS,
@@ -50,7 +50,8 @@ def generate(
             **options,
         )
         rows, size = output.sequences, output.sequences.shape[1]
-        open_rows = [] if size >= end else [row for row, length in enumerate(watch.lengths) if length is None]
+        goes_on = drops_rows and size < end
+        open_rows = [row for row, length in enumerate(watch.lengths) if length is None] if goes_on else []
         for row, number in enumerate(numbers):
             if row not in open_rows:
                 written[number] = rows[row, prompt : watch.lengths[row]].tolist()
@@ -64,7 +65,7 @@ def generate(
     return [written[number] for number in range(len(written))]
 
 
-def _end_tokens(model: nn.Module, tokenizer: Any) -> frozenset[int]:
+def _end_tokens(model: nn.Module) -> frozenset[int]:
     """What `generate` ends a row at."""
     ends = model.generation_config.eos_token_id
     return frozenset([ends] if isinstance(ends, int) else ends or ())
