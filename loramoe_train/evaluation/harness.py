@@ -1,4 +1,4 @@
-"""Scores a model that is already in memory on benchmarks, through lm-eval; the only module that imports lm-eval.
+"""Scores a model that is already in memory on benchmarks, through lm-eval, which only this and `model.py` import.
 
 `evaluate` scores one model; `compare` scores it tuned and, with its adapter switched off, as the base it grew from.
 Both refuse what cannot work before they touch the model, and give it back as they found it (`state.preserved`).
@@ -7,7 +7,7 @@ Both refuse what cannot work before they touch the model, and give it back as th
 import gc
 import logging
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
@@ -16,19 +16,18 @@ import lm_eval.api.task
 import lm_eval.tasks
 import torch
 from lm_eval.evaluator import evaluate as run_lm_eval
-from lm_eval.models.huggingface import HFLM
 from torch import nn
 
-from loramoe_train.errors import ConfigError, DataError, MissingFileError, OutOfMemoryError
+from loramoe_train.errors import ConfigError, MissingFileError, OutOfMemoryError
 from loramoe_train.evaluation import definitions
+from loramoe_train.evaluation.batches import is_out_of_memory
 from loramoe_train.evaluation.check import Planned, Selection, check_benchmarks, check_length, fetch_command
 from loramoe_train.evaluation.comparison import paired_score
-from loramoe_train.evaluation.prompts import KnownPrompts
+from loramoe_train.evaluation.model import InMemoryModel, Reading
 from loramoe_train.evaluation.samples import tidy_samples
 from loramoe_train.evaluation.state import max_positions, preserved, seed_all
 from loramoe_train.evaluation.statistics import standard_error
 from loramoe_train.evaluation.types import BenchmarkResult, Progress, Side
-from loramoe_train.routing.types import Tokens
 from loramoe_train.schema.evaluation import EvalConfig
 
 log = logging.getLogger(__name__)
@@ -39,7 +38,6 @@ FEWSHOT_SEED = 1234
 BaseMode = Callable[[], AbstractContextManager[Any]]
 Serving = Callable[[str], AbstractContextManager[Any]]
 Finished = Callable[[str, Side], BenchmarkResult | None]
-Reading = Callable[[Tokens], AbstractContextManager[Any]]
 
 
 def evaluate(
@@ -151,7 +149,7 @@ def _session(
     # no_grad, not inference_mode: tensors that a module caches here (rotary tables) must serve in training afterwards
     with preserved(core, tokenizer), torch.no_grad(), _quiet():
         seed_all(seed)
-        lm = _InMemoryModel(core, tokenizer, config, accelerator if processes > 1 else None, progress)
+        lm = InMemoryModel(core, tokenizer, config, accelerator if processes > 1 else None, progress)
         for planned in selection.planned:  # again, for models whose config declares no positions
             check_length(planned.benchmark.name, planned.new_tokens, lm.max_length)
         yield _Session(lm, config, selection)
@@ -160,7 +158,7 @@ def _session(
 class _Session:
     """A model wrapped for lm-eval, and the tasks, each built once for the tuned and the base run."""
 
-    def __init__(self, lm: "_InMemoryModel", config: EvalConfig, selection: Selection) -> None:
+    def __init__(self, lm: InMemoryModel, config: EvalConfig, selection: Selection) -> None:
         self.lm, self.config, self.selection = lm, config, selection
         self._tasks: dict[str, Any] = {}
         self.on_program: Callable[[str, Side, dict[str, Any]], None] | None = None
@@ -287,79 +285,6 @@ def _check_pool(task: Any) -> None:
         raise ConfigError(f"{wanted} examples are more than {task.task_name} can draw: its pool has {found} rows")
 
 
-class _InMemoryModel(HFLM):
-    """lm-eval's transformers backend on our model, with two batch sizes, progress, and truncation counted."""
-
-    def __init__(
-        self, model: nn.Module, tokenizer: Any, config: EvalConfig, accelerator: Any, progress: Progress | None
-    ) -> None:
-        super().__init__(pretrained=model, tokenizer=tokenizer, backend="causal", max_length=config.max_length)
-        self._batch_sizes = config.batch_size, config.generation_batch_size
-        self._progress = progress
-        self._name, self._side, self._done, self._total, self._truncated = "", "tuned", 0, 0, 0
-        self._distinct: Iterable[int] = ()
-        self.reading: Reading | None = None
-        self._prompts: KnownPrompts | None = None
-        self.set_cache_hook(self)  # lm-eval tells its cache about each finished request; we want to know no more
-        if accelerator is not None:
-            self.accelerator = accelerator
-            self._rank, self._world_size = accelerator.process_index, accelerator.num_processes
-
-    def start(self, name: str, side: Side) -> None:
-        self._name, self._side, self._truncated = name, side, 0
-        self.model.eval()
-
-    def add_partial(self, attr: str, req: Any, res: Any) -> None:
-        self._done += 1
-        if self._progress is not None and self.rank == 0:
-            self._progress(self._name, self._side, self._done, self._total)
-
-    def _begin(self, requests: Sequence[Any], batch_size: int) -> None:
-        self._done, self._total, self.batch_size_per_gpu = 0, len(requests), batch_size
-        # with several processes lm-eval evens their shares out by asking the last request of a share again
-        self._distinct = {id(request): index for index, request in reversed(list(enumerate(requests)))}.values()
-
-    def loglikelihood(self, requests: list[Any], disable_tqdm: bool = False) -> list[tuple[float, bool]]:
-        self._begin(requests, self._batch_sizes[0])
-        return super().loglikelihood(requests, disable_tqdm=True)
-
-    def _loglikelihood_tokens(self, requests: list[Any], *args: Any, **kwargs: Any) -> list[tuple[float, bool]]:
-        for index in self._distinct:
-            _, context, continuation = requests[index]
-            if len(continuation) > self.max_length:
-                raise DataError(
-                    f"{self._name}: an answer of {len(continuation)} tokens is longer than the {self.max_length} "
-                    "that fit; raise eval.max_length or leave the benchmark out"
-                )
-            # the last token is only predicted, never read
-            self._truncated += len(context) + len(continuation) > self.max_length + 1
-        self._prompts = None if self.reading is None else KnownPrompts(requests, self.max_length)
-        return super()._loglikelihood_tokens(requests, *args, **kwargs)
-
-    def _model_call(self, inps: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
-        with nullcontext() if self._prompts is None else self.reading(self._prompts.tokens(inps)):
-            return super()._model_call(inps, *args, **kwargs)
-
-    def generate_until(self, requests: list[Any], disable_tqdm: bool = False) -> list[str]:
-        self._begin(requests, self._batch_sizes[1])
-        for index in self._distinct:
-            prompt, settings = requests[index].args
-            self._truncated += len(self.tok_encode(prompt)) > self.max_length - settings["max_gen_toks"]
-        return super().generate_until(requests, disable_tqdm=True)
-
-    def truncated_everywhere(self) -> int:
-        """Truncated requests on all processes."""
-        return int(self.all_gather(torch.tensor([self._truncated], device=self.device)).sum())
-
-    def share(self, result: BenchmarkResult | None) -> BenchmarkResult:
-        """The first process's result, on every process."""
-        box = [result]
-        if self.world_size > 1:
-            torch.distributed.broadcast_object_list(box, src=0)
-        assert box[0] is not None
-        return box[0]
-
-
 @contextmanager
 def _quiet() -> Iterator[None]:
     """No warnings about in-memory models, no progress bar per task: the caller has its own."""
@@ -381,8 +306,8 @@ def _quiet() -> Iterator[None]:
 def _out_of_memory(name: str) -> Iterator[None]:
     try:
         yield
-    except RuntimeError as error:  # torch.OutOfMemoryError is one; the CPU allocator raises the plain kind
-        if not isinstance(error, torch.OutOfMemoryError) and "can't allocate memory" not in str(error):
+    except RuntimeError as error:
+        if not is_out_of_memory(error):
             raise
         gc.collect()
         raise OutOfMemoryError(

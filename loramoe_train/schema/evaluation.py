@@ -27,8 +27,9 @@ class EvalConfig(Strict):
     limit: int | None = Field(default=None, gt=0)  # examples per benchmark; null: all
     # examples before the question, where a benchmark takes any; null: the benchmark's own number
     num_fewshot: int | None = Field(default=None, ge=0)
-    batch_size: int = Field(default=16, gt=0)  # likelihood requests
-    generation_batch_size: int = Field(default=16, gt=0)
+    # rows of a pass; null: as many as hold a number of tokens. Either is halved where the memory does not suffice
+    batch_size: int | None = Field(default=None, gt=0)  # likelihood requests
+    generation_batch_size: int | None = Field(default=None, gt=0)
     max_new_tokens: int | None = Field(default=None, gt=0)  # null: the benchmark's own number
     max_length: int | None = Field(default=None, gt=1)  # tokens; null: the model's positions
     chat_template: bool = False

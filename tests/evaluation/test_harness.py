@@ -17,12 +17,10 @@ import torch
 from loramoe_train.errors import ConfigError, DataError, MissingFileError, OutOfMemoryError
 from loramoe_train.evaluation.harness import compare, evaluate
 from loramoe_train.evaluation.statistics import standard_error
-from loramoe_train.evaluation.tasks import load_benchmark
 from loramoe_train.schema.evaluation import EvalConfig
 from tests.conftest import ROOT, make_llama
 from tests.evaluation import reference
 from tests.evaluation.rows import LOCAL, write_local
-from tests.evaluation.test_twins import stock_task
 
 MANY = [
     {"sentence": f"{who} {verb} the {thing}.", "label": (len(who) + len(thing)) % 2, "idx": 0}
@@ -258,7 +256,7 @@ def test_humaneval_from_prompt_to_pass_at_1(model, tokenizer, root, tmp_path, mo
     except ConfigError as error:
         pytest.skip(str(error))
     write_local(root, "humaneval")
-    monkeypatch.setattr(harness._InMemoryModel, "generate_until", lambda *_, **__: ["    return a + b\n"] * 2)
+    monkeypatch.setattr(harness.InMemoryModel, "generate_until", lambda *_, **__: ["    return a + b\n"] * 2)
     results = []
     outcome = compare(
         model,
@@ -323,6 +321,33 @@ def test_out_of_memory_says_what_to_lower(model, tokenizer, root, monkeypatch):
         run(model, tokenizer, ["tiny_grammar"], root)
 
 
+def test_batches_change_nothing_and_are_halved_where_the_memory_is_short(model, tokenizer, root):
+    """Whatever the batch sizes, and on a device that holds no pass of more than 90 tokens."""
+    names, root = ["cola", "tiny_facts", "tiny_math"], root / "cola"
+    write_local(root, "tiny_facts"), write_local(root, "tiny_math")
+    one, many = (
+        run(model, tokenizer, names, root, batch_size=size, generation_batch_size=size, max_new_tokens=8)
+        for size in (1, None)
+    )
+    refused = []
+
+    def small(module, args, kwargs):
+        if kwargs["input_ids"].numel() > 90:
+            refused.append(kwargs["input_ids"].shape)
+            raise torch.OutOfMemoryError("out of memory")
+
+    hook = model.register_forward_pre_hook(small, with_kwargs=True)
+    short = run(model, tokenizer, names, root, batch_size=None, generation_batch_size=None, max_new_tokens=8)
+    hook.remove()
+    assert refused
+    for name, result in one.items():
+        for other in (many[name], short[name]):
+            assert other.metrics == result.metrics
+            for mine, theirs in zip(result.samples, other.samples, strict=True):
+                assert mine.get("responses") == theirs.get("responses")
+                assert mine.get("log_likelihoods") == pytest.approx(theirs.get("log_likelihoods"), abs=1e-4)
+
+
 TWO_RANKS = """
     import json, sys
     import torch
@@ -366,41 +391,3 @@ def test_two_processes_equal_one(tokenizer, root, tmp_path):
             assert mine["prompt"] == theirs["prompt"] and mine["metrics"] == theirs["metrics"]
             assert mine.get("responses") == theirs.get("responses")
     assert one["cola"].truncated > 0  # so that the counts of both ranks were added up
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("name", ["gsm8k", "arc_easy", "cola"])
-def test_scores_equal_lm_eval_on_its_own(name, tiny_model_dir, tmp_path, monkeypatch):
-    """The same folder through lm-eval's own entry point and stock definition: item by item the same."""
-    from lm_eval import simple_evaluate
-    from lm_eval.tasks import TaskManager
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
-    data = write_local(tmp_path, name)
-    splits = {split: LOCAL[name] if split == "train" else LOCAL[name][:2] for split in load_benchmark(name).files}
-    stock = stock_task(name, splits, 1, monkeypatch)
-    stock.set_config("generation_kwargs", {"max_gen_toks": 16}, update=name == "gsm8k")
-    theirs = simple_evaluate(
-        model="hf",
-        model_args={"pretrained": str(tiny_model_dir), "dtype": "float32"},
-        tasks=[stock],
-        num_fewshot=1,
-        batch_size=1,
-        device="cpu",
-        bootstrap_iters=0,
-        task_manager=TaskManager(include_defaults=False),
-    )
-    model = AutoModelForCausalLM.from_pretrained(tiny_model_dir)
-    tokenizer = AutoTokenizer.from_pretrained(tiny_model_dir)
-    ours = run(model, tokenizer, [name], data, num_fewshot=1, max_new_tokens=16)[name]
-    for key, value in ours.metrics.items():
-        assert value == theirs["results"][name].get(key, value)
-    raw = {entry["doc_id"]: entry for entry in theirs["samples"][name]}
-    for sample in ours.samples:
-        entry = raw[sample["doc_id"]]
-        assert sample["prompt_hash"] == entry["prompt_hash"]
-        if name == "gsm8k":
-            assert sample["responses"] == entry["resps"][0]
-        else:
-            expected = [answer[0][0] for answer in entry["resps"]]
-            assert sample["log_likelihoods"] == pytest.approx(expected, abs=1e-4)
