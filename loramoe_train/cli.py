@@ -90,7 +90,7 @@ def evaluate() -> None:
             print(EVAL_HELP)
             return
         if "=" in arguments[0]:
-            raise ConfigError(f"loramoe-eval wants a folder or a model first, got '{arguments[0]}'")
+            raise ConfigError(f"loramoe-eval wants a run, adapter or model folder first, got '{arguments[0]}'")
         from loramoe_train.evaluating import evaluate_path
 
         evaluate_path(arguments[0], arguments[1:])
