@@ -6,6 +6,17 @@ machine listens.
 The user's environment, files and processes hold the word SECRET; a program that finds it raises it.
 """
 
+from contextlib import suppress
+from pathlib import Path
+
+
+def open_to_others(path: Path) -> None:
+    """Let every user enter a folder and those above it: what keeps an attack out must be the sandbox alone."""
+    for folder in (path, *list(path.parents)[:-1]):
+        with suppress(PermissionError):
+            folder.chmod(folder.stat().st_mode | 0o005)
+
+
 LIBC = """
 import ctypes
 libc = ctypes.CDLL(None, use_errno=True)

@@ -20,9 +20,9 @@ import pytest
 from loramoe_train.evaluation.sandbox import Limits, Outcome, Program, Sandbox
 from loramoe_train.evaluation.sandbox.probe import probe
 from loramoe_train.evaluation.sandbox.types import LEVELS
-from tests.evaluation.attacks import ATTACKS, BITE, ENDS, FAKE_TESTS, NOT_HIDDEN
+from tests.evaluation.attacks import ATTACKS, BITE, ENDS, FAKE_TESTS, NOT_HIDDEN, open_to_others
 
-LIMITS = Limits(wall_seconds=3.0, cpu_seconds=1, memory_bytes=256 << 20, disk_bytes=4 << 20)
+LIMITS = Limits(wall_seconds=2.0, cpu_seconds=1, memory_bytes=256 << 20, disk_bytes=4 << 20)
 WRONG = "def f(x): return x\n"
 CONTENT = "SECRET, three years of work"
 
@@ -55,11 +55,11 @@ class Surroundings:
         folder, marker = self.folder(name), self.folder(name) / "marker"
         if not folder.is_dir() or [path.name for path in folder.iterdir()] != ["marker"]:
             return "files were made or removed"
-        if marker.read_text() != CONTENT:
-            return "the file was changed"
         state = marker.stat()
         if (state.st_mode & 0o777, state.st_mtime, state.st_nlink) != (0o666, 1e9, 1):
             return "the file has other rights, times or links"
+        if marker.read_text() != CONTENT:
+            return "the file was changed"
         if self.victim.poll() is not None:
             return "the process was killed"
         heard = select.select(self.listening, [], [], 0)[0]
@@ -74,8 +74,7 @@ def surroundings(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Surroundi
 
 @contextmanager
 def surrounded(root: Path) -> Iterator[Surroundings]:
-    for folder in (root, *list(root.parents)[:-1]):
-        folder.chmod(folder.stat().st_mode | 0o005)
+    open_to_others(root)
     home = root / "home"
     home.mkdir()
     (home / "notes").write_text("SECRET")
