@@ -270,7 +270,6 @@ ENDS = {
     "resources: deep folders": "more than 1000 files|No space left|private folder|not permitted",
     "resources: many descriptors": "Too many open files",
     "resources: deep recursion": "RecursionError",
-    "resources: deeper recursion": "died|MemoryError|RecursionError",
     "resources: signals swallowed": "timeout",
     "resources: alarm taken away": "timeout",
     "resources: limits raised": "MemoryError",
@@ -294,13 +293,15 @@ BITE = (
     "views: environment in C", "views: a file", "views: home", "views: names in home",
     "views: environment of a process",
 )  # fmt: skip
-FAKE_TESTS = """
-import math
-def check(candidate):
-    assert abs(candidate(1) - 2) < 1e-6 or candidate(1) == 2
-    assert math.isclose(candidate(1), 2)
-check(f)
-"""
+# what must hold in the end, where it is not `f(1) == 2`
+TESTS = {
+    "fakes: another check": "def check(candidate): assert candidate(1) == 2\ncheck(f)",
+    "fakes: always equal": "assert f(1) == 2 and not f(1) != 2",
+    "fakes: a number that is always equal": "assert f(1) == 2",
+    "fakes: abs": "assert abs(f(1) - 2) < 1e-6",
+    "fakes: builtins": "assert abs(f(1) - 2) < 1e-6",
+    "fakes: math": "assert math.isclose(f(1), 2)",
+}
 
 ATTACKS = {
     f"{group}: {name}": code
