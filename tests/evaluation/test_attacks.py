@@ -150,7 +150,7 @@ def scored(request: pytest.FixtureRequest, surroundings: Surroundings, tmp_path_
 @pytest.mark.parametrize("name", ATTACKS)
 def test_attack_is_contained_and_scored_as_failed(scored, surroundings, name):
     level, outcome = scored.sandbox.level, scored.outcomes[name]
-    assert outcome.verdict != "passed" and outcome.seconds < LIMITS.wall_seconds + 5
+    assert outcome.verdict != "passed" and outcome.seconds < LIMITS.wall_seconds + 20
     assert surroundings.harm(f"{level} {name}") is None
     pattern = ENDS.get(name, "")
     if outcome.verdict == "timeout" and not re.search(pattern, "timeout"):
