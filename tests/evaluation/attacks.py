@@ -204,6 +204,12 @@ class Equal(int):
     __hash__ = int.__hash__
 def f(x): return Equal(0)
 """,
+    "holds everything": """
+class Full:
+    def __contains__(self, value): return True
+    def __iter__(self): return iter(())
+def f(x): return Full()
+""",
     "abs": "def abs(x): return 0\ndef f(x): return 1000",
     "builtins": """
 import builtins
@@ -277,7 +283,9 @@ ENDS = {
     "processes: fork bomb": "not permitted",
     "processes: thread bomb": "can't start new thread",
     "processes: threads that outlive it": "AssertionError",
-    "fakes: always equal": "TypeError|AssertionError",
+    "fakes: always equal": "AssertionError",
+    "fakes: a number that is always equal": "AssertionError",
+    "fakes: holds everything": "AssertionError",
     "fakes: abs": "AssertionError",
     "fakes: builtins": "AssertionError",
     "fakes: math": "AssertionError",
@@ -298,6 +306,7 @@ TESTS = {
     "fakes: another check": "def check(candidate): assert candidate(1) == 2\ncheck(f)",
     "fakes: always equal": "assert f(1) == 2 and not f(1) != 2",
     "fakes: a number that is always equal": "assert f(1) == 2",
+    "fakes: holds everything": "assert 2 in f(1)",
     "fakes: abs": "assert abs(f(1) - 2) < 1e-6",
     "fakes: builtins": "assert abs(f(1) - 2) < 1e-6",
     "fakes: math": "assert math.isclose(f(1), 2)",
