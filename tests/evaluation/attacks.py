@@ -6,6 +6,17 @@ machine listens.
 The user's environment, files and processes hold the word SECRET; a program that finds it raises it.
 """
 
+from contextlib import suppress
+from pathlib import Path
+
+
+def open_to_others(path: Path) -> None:
+    """Let every user enter a folder and those above it: what keeps an attack out must be the sandbox alone."""
+    for folder in (path, *list(path.parents)[:-1]):
+        with suppress(PermissionError):
+            folder.chmod(folder.stat().st_mode | 0o005)
+
+
 LIBC = """
 import ctypes
 libc = ctypes.CDLL(None, use_errno=True)
@@ -193,6 +204,12 @@ class Equal(int):
     __hash__ = int.__hash__
 def f(x): return Equal(0)
 """,
+    "holds everything": """
+class Full:
+    def __contains__(self, value): return True
+    def __iter__(self): return iter(())
+def f(x): return Full()
+""",
     "abs": "def abs(x): return 0\ndef f(x): return 1000",
     "builtins": """
 import builtins
@@ -259,7 +276,6 @@ ENDS = {
     "resources: deep folders": "more than 1000 files|No space left|private folder|not permitted",
     "resources: many descriptors": "Too many open files",
     "resources: deep recursion": "RecursionError",
-    "resources: deeper recursion": "died|MemoryError|RecursionError",
     "resources: signals swallowed": "timeout",
     "resources: alarm taken away": "timeout",
     "resources: limits raised": "MemoryError",
@@ -267,7 +283,9 @@ ENDS = {
     "processes: fork bomb": "not permitted",
     "processes: thread bomb": "can't start new thread",
     "processes: threads that outlive it": "AssertionError",
-    "fakes: always equal": "TypeError|AssertionError",
+    "fakes: always equal": "AssertionError",
+    "fakes: a number that is always equal": "AssertionError",
+    "fakes: holds everything": "AssertionError",
     "fakes: abs": "AssertionError",
     "fakes: builtins": "AssertionError",
     "fakes: math": "AssertionError",
@@ -283,13 +301,16 @@ BITE = (
     "views: environment in C", "views: a file", "views: home", "views: names in home",
     "views: environment of a process",
 )  # fmt: skip
-FAKE_TESTS = """
-import math
-def check(candidate):
-    assert abs(candidate(1) - 2) < 1e-6 or candidate(1) == 2
-    assert math.isclose(candidate(1), 2)
-check(f)
-"""
+# what must hold in the end, where it is not `f(1) == 2`
+TESTS = {
+    "fakes: another check": "def check(candidate): assert candidate(1) == 2\ncheck(f)",
+    "fakes: always equal": "assert f(1) == 2 and not f(1) != 2",
+    "fakes: a number that is always equal": "assert f(1) == 2",
+    "fakes: holds everything": "assert 2 in f(1)",
+    "fakes: abs": "assert abs(f(1) - 2) < 1e-6",
+    "fakes: builtins": "assert abs(f(1) - 2) < 1e-6",
+    "fakes: math": "assert math.isclose(f(1), 2)",
+}
 
 ATTACKS = {
     f"{group}: {name}": code

@@ -12,7 +12,7 @@ import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pytest
@@ -20,9 +20,10 @@ import pytest
 from loramoe_train.evaluation.sandbox import Limits, Outcome, Program, Sandbox
 from loramoe_train.evaluation.sandbox.probe import probe
 from loramoe_train.evaluation.sandbox.types import LEVELS
-from tests.evaluation.attacks import ATTACKS, BITE, ENDS, FAKE_TESTS, NOT_HIDDEN
+from tests.evaluation.attacks import ATTACKS, BITE, ENDS, NOT_HIDDEN, TESTS, open_to_others
 
-LIMITS = Limits(wall_seconds=3.0, cpu_seconds=1, memory_bytes=256 << 20, disk_bytes=4 << 20)
+LIMITS = Limits(wall_seconds=2.0, cpu_seconds=1, memory_bytes=256 << 20, disk_bytes=4 << 20)
+PATIENT = replace(LIMITS, wall_seconds=20.0, cpu_seconds=5)
 WRONG = "def f(x): return x\n"
 CONTENT = "SECRET, three years of work"
 
@@ -55,11 +56,11 @@ class Surroundings:
         folder, marker = self.folder(name), self.folder(name) / "marker"
         if not folder.is_dir() or [path.name for path in folder.iterdir()] != ["marker"]:
             return "files were made or removed"
-        if marker.read_text() != CONTENT:
-            return "the file was changed"
         state = marker.stat()
         if (state.st_mode & 0o777, state.st_mtime, state.st_nlink) != (0o666, 1e9, 1):
             return "the file has other rights, times or links"
+        if marker.read_text() != CONTENT:
+            return "the file was changed"
         if self.victim.poll() is not None:
             return "the process was killed"
         heard = select.select(self.listening, [], [], 0)[0]
@@ -74,8 +75,7 @@ def surroundings(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Surroundi
 
 @contextmanager
 def surrounded(root: Path) -> Iterator[Surroundings]:
-    for folder in (root, *list(root.parents)[:-1]):
-        folder.chmod(folder.stat().st_mode | 0o005)
+    open_to_others(root)
     home = root / "home"
     home.mkdir()
     (home / "notes").write_text("SECRET")
@@ -121,7 +121,8 @@ def running(command: list[str], environment: dict[str, str]) -> Iterator["subpro
 
 @dataclass
 class Scored:
-    level: str
+    sandbox: Sandbox
+    programs: dict[str, Program]
     outcomes: dict[str, Outcome]
     left: list[str]  # in the folder for temporary files
 
@@ -133,29 +134,31 @@ def scored(request: pytest.FixtureRequest, surroundings: Surroundings, tmp_path_
     complaint = probe(box)
     if complaint is not None:
         pytest.skip(f"{request.param} does not work here: {complaint}")
-    programs = []
+    programs = {}
     for name, code in ATTACKS.items():
-        tests = FAKE_TESTS if name.startswith("fakes: ") else "assert f(1) == 2"
-        programs.append(Program(WRONG + surroundings.fill(f"{box.level} {name}", code), tests))
+        filled = WRONG + surroundings.fill(f"{box.level} {name}", code)
+        programs[name] = Program(filled, TESTS.get(name, "assert f(1) == 2"))
     temporary = tmp_path_factory.mktemp("temporary")
     temporary.chmod(0o755)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(tempfile, "tempdir", str(temporary))
-        outcomes = box.run_all(programs)
+        outcomes = box.run_all(list(programs.values()))
     time.sleep(0.5)  # for what would outlive it
-    return Scored(box.level, dict(zip(ATTACKS, outcomes, strict=True)), os.listdir(temporary))
+    return Scored(box, programs, dict(zip(programs, outcomes, strict=True)), os.listdir(temporary))
 
 
 @pytest.mark.parametrize("name", ATTACKS)
 def test_attack_is_contained_and_scored_as_failed(scored, surroundings, name):
-    outcome = scored.outcomes[name]
-    assert outcome.verdict != "passed"
-    # a machine that is busy elsewhere may come to the limit of time before another
-    assert re.search(f"{ENDS.get(name, '')}|timeout", f"{outcome.verdict} {outcome.message}"), outcome
-    assert surroundings.harm(f"{scored.level} {name}") is None
-    if scored.level != "user" or name.removeprefix("views: ") not in NOT_HIDDEN:
+    level, outcome = scored.sandbox.level, scored.outcomes[name]
+    assert outcome.verdict != "passed" and outcome.seconds < LIMITS.wall_seconds + 20
+    assert surroundings.harm(f"{level} {name}") is None
+    pattern = ENDS.get(name, "")
+    if outcome.verdict == "timeout" and not re.search(pattern, "timeout"):
+        # a machine that is busy elsewhere comes to the limit of time before another
+        outcome = replace(scored.sandbox, limits=PATIENT).run(scored.programs[name])
+    assert re.search(pattern, f"{outcome.verdict} {outcome.message}"), outcome
+    if level != "user" or name.removeprefix("views: ") not in NOT_HIDDEN:
         assert "SECRET" not in outcome.message
-    assert outcome.seconds < LIMITS.wall_seconds + 5
 
 
 def test_nothing_is_left_behind(scored):

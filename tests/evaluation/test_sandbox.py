@@ -25,6 +25,7 @@ from loramoe_train.evaluation.sandbox.probe import probe
 from loramoe_train.evaluation.sandbox.types import LEVELS
 from loramoe_train.evaluation.tasks import load_benchmark
 from loramoe_train.paths import PACKAGE
+from tests.evaluation.attacks import open_to_others
 from tests.evaluation.rows import LOCAL
 
 QUICK = Limits(wall_seconds=8.0, cpu_seconds=1)
@@ -150,6 +151,35 @@ def test_a_private_folder_can_be_used_and_is_gone_for_the_next_program(sandbox):
         return
     assert ran(sandbox, write + "\nassert open('left').read() == 'x'") == ("passed", "")
     assert ran(sandbox, "import os; assert not os.path.exists('left')") == ("passed", "")
+
+
+def test_it_ends_with_us_even_if_we_are_killed(sandbox):
+    program = (
+        "from loramoe_train.evaluation.sandbox import *\n"
+        f"Sandbox({sandbox.level!r}, Limits(wall_seconds=60)).run(Program('import time; time.sleep(60)', ''))"
+    )
+    environment = {**os.environ, "PYTHONPATH": str(PACKAGE.parent)}
+    ours = subprocess.Popen([sys.executable, "-c", program], env=environment, start_new_session=True)
+    deadline = time.monotonic() + 20
+    while not _below(ours.pid, depth=2) and time.monotonic() < deadline:
+        time.sleep(0.02)
+    time.sleep(0.7)  # until each of them has asked to end with its parent
+    below = _below(ours.pid, depth=2) | _below(ours.pid, depth=1)
+    assert len(below) >= 2
+    ours.kill()
+    ours.wait()
+    while any(Path(f"/proc/{process}/cmdline").exists() for process in below) and time.monotonic() < deadline:
+        time.sleep(0.02)
+    assert not any(Path(f"/proc/{process}/cmdline").exists() for process in below)
+
+
+def _below(process: int, depth: int) -> set[int]:
+    """Children, or their children."""
+    found = {process}
+    for _ in range(depth):
+        children = [Path(f"/proc/{one}/task").glob("*/children") for one in found]
+        found = {int(number) for paths in children for path in paths for number in path.read_text().split()}
+    return found
 
 
 def test_what_asyncio_needs_is_there(sandbox):
@@ -307,7 +337,7 @@ def test_a_level_that_does_not_hold_is_refused(monkeypatch, forgotten, tmp_path)
     ("part", "complaint"),
     [
         ("landlock.restrict", "a file outside could be written"),
-        ("seccomp.install", "a datagram left"),
+        ("seccomp.install", "a datagram left|lost its rights"),
         ("resource.setrlimit", "memory is not limited"),
     ],
 )
@@ -331,8 +361,7 @@ def test_an_ordinary_user_is_contained_too(tmp_path):
     python = "/usr/bin/python3"  # that of the environment may lie below a home that others may not enter
     if not Path(python).exists() or subprocess.run([python, "-c", "import datetime as d; d.UTC"]).returncode != 0:
         pytest.skip("no second interpreter of version 3.11 or later")
-    for folder in (tmp_path, *list(tmp_path.parents)[:-1]):
-        folder.chmod(folder.stat().st_mode | 0o005)
+    open_to_others(tmp_path)
     copy = tmp_path / "loramoe_train"
     shutil.copytree(PACKAGE / "evaluation" / "sandbox", copy / "evaluation" / "sandbox")
     for file in ("__init__.py", "errors.py", "evaluation/__init__.py"):

@@ -35,8 +35,8 @@ def detect(name: str = "auto", limits: Limits = DEFAULT, workers: int | None = N
         raise ConfigError(f"eval.sandbox={name} does not work here{reasons}; leave it out for the strongest that does")
     raise ConfigError(
         f"eval.allow_code_execution=true, but nothing on this machine can contain model-written code{reasons}; install"
-        " bubblewrap (apt install bubblewrap), leave humaneval out of eval.tasks, or accept that such code can read"
-        " your files with eval.sandbox=user"
+        " bubblewrap (apt install bubblewrap), leave benchmarks that run code out of eval.tasks, or accept that such"
+        " code can read your files with eval.sandbox=user"
     )
 
 

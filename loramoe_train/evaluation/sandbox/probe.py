@@ -89,10 +89,10 @@ def probe(sandbox: Sandbox) -> str | None:
             outcome = sandbox.run(program)
         except OSError as error:
             return str(error)
-        if marker.read_text() != "untouched":
-            return "a file outside was overwritten"
         if marker.stat().st_mode & 0o777 != 0o666:
             return "a file outside lost its rights"
+        if marker.read_text() != "untouched":
+            return "a file outside was overwritten"
         if select.select([heard], [], [], 0)[0]:
             return "a datagram left"
         return None if outcome.verdict == "passed" else outcome.message or outcome.verdict

@@ -9,13 +9,12 @@ from typing import Any
 
 from loramoe_train.evaluation.sandbox.inside.values import MUTABLE, dumps, loads
 
-# what the judge may ask of an object; `==` is not among them, for the answer would be the foreign code's
+# what the judge may ask of an object; `==` and `in` are not among them: the answer would be the foreign code's
 OPERATIONS: dict[str, Callable[..., Any]] = {
     "call": lambda function, *arguments, **named: function(*arguments, **named),
     "attribute": getattr,
     "set": setattr,
     "item": operator.getitem,
-    "contains": operator.contains,
     "iter": iter,
     "next": next,
     "len": len,

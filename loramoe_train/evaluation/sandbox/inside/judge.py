@@ -64,7 +64,7 @@ class Link:
 
 
 class Reference:
-    """Stands for an object that the foreign code's process keeps. Equal to nothing but itself."""
+    """Stands for an object that the foreign code's process keeps. Equal to nothing but itself; `in` goes through it."""
 
     _link: Link
     _number: int
@@ -83,9 +83,6 @@ class Reference:
 
     def __getitem__(self, key: Any) -> Any:
         return self._link.ask("item", self, key)
-
-    def __contains__(self, value: Any) -> bool:
-        return bool(self._link.ask("contains", self, value))
 
     def __iter__(self) -> Any:
         return self._link.ask("iter", self)
@@ -145,7 +142,7 @@ def judge(link: Link, process: int, program: dict[str, str], cpu_seconds: int) -
     number = os.WTERMSIG(status)
     if number == signal.SIGXCPU or (number == signal.SIGKILL and used.ru_utime + used.ru_stime >= cpu_seconds):
         return {"verdict": "timeout", "message": f"stopped after {cpu_seconds} s of CPU time"}
-    return {"verdict": "died", "message": f"killed by {signal.Signals(number).name}"}
+    return {"verdict": "died", "message": f"killed by signal {number} ({signal.strsignal(number)})"}
 
 
 def _used_names(tests: str) -> set[str]:

@@ -2,6 +2,7 @@
 
 import ctypes
 import os
+import signal
 
 libc = ctypes.CDLL(None, use_errno=True)
 
@@ -16,6 +17,11 @@ def call(name: str, *arguments: int | bytes | None | ctypes.Array[ctypes.c_char]
         number = ctypes.get_errno()
         raise OSError(number, f"{name}: {os.strerror(number)}")
     return result
+
+
+def end_with_parent() -> None:
+    """Be killed when the parent ends, however it does. Forgotten by fork and by a change of user."""
+    call("prctl", SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
 
 
 def no_new_rights() -> None:

@@ -10,7 +10,13 @@ from typing import Any
 from loramoe_train.evaluation.sandbox.inside import landlock, namespaces, seccomp
 from loramoe_train.evaluation.sandbox.inside.candidate import serve
 from loramoe_train.evaluation.sandbox.inside.judge import Full, Link, judge
-from loramoe_train.evaluation.sandbox.inside.kernel import SET_DUMPABLE, call, drop_capabilities, no_new_rights
+from loramoe_train.evaluation.sandbox.inside.kernel import (
+    SET_DUMPABLE,
+    call,
+    drop_capabilities,
+    end_with_parent,
+    no_new_rights,
+)
 
 LIBRARIES = ["/usr", "/lib", "/lib32", "/lib64", "/etc/ld.so.cache", "/etc/localtime", "/dev/null", "/dev/urandom"]
 
@@ -24,6 +30,7 @@ def main(settings: dict[str, Any]) -> None:
     `disk_bytes`. The program (JSON: code, tests) is read after the split, by the judge alone.
     """
     level, result = settings["level"], settings["result"]
+    end_with_parent()
     os.closerange(3, result)
     os.closerange(result + 1, 4096)
     if level == "namespaces":
@@ -40,16 +47,17 @@ def main(settings: dict[str, Any]) -> None:
         os.setgroups([])
         os.setresgid(settings["user"], settings["user"], settings["user"])
         os.setresuid(settings["user"], settings["user"], settings["user"])
+    end_with_parent()
     no_new_rights()
     drop_capabilities()
     # The candidate has the judge's user: it must not look into the judge. But who reads the interpreter by descriptor
-    # needs its own /proc/self; then it is Landlock that keeps the judge's out of reach, and on level "user" nothing
+    # needs its own /proc/self; then it is Landlock that hides the judge's, and on level "user" that can be read
     call("prctl", SET_DUMPABLE, int(hidden), 0, 0, 0)
     process = os.fork()
     for name, value in settings["limits"].items():
-        # one second between the signal and the end, so that the caller can tell a spent CPU limit from other deaths
-        resource.setrlimit(getattr(resource, name), (value, value + (name == "RLIMIT_CPU")))
+        _limit(getattr(resource, name), value)
     if process == 0:
+        end_with_parent()
         nothing, end = os.pipe()
         os.dup2(nothing, 0)
         for other in (nothing, end, asked, answered, result):
@@ -66,6 +74,15 @@ def main(settings: dict[str, Any]) -> None:
     verdict = judge(Link(asked, answered), process, json.load(sys.stdin), settings["limits"]["RLIMIT_CPU"])
     os.write(result, json.dumps({**verdict, "message": verdict["message"][:300]}).encode())
     os._exit(0)
+
+
+def _limit(what: int, soft: int) -> None:
+    # of CPU time there is one second between the signal and the end: it tells this from other deaths
+    hard = soft + (what == resource.RLIMIT_CPU)
+    present = resource.getrlimit(what)[1]
+    if present != resource.RLIM_INFINITY:
+        soft, hard = min(soft, present), min(hard, present)
+    resource.setrlimit(what, (soft, hard))
 
 
 def _count_files() -> None:

@@ -6,15 +6,13 @@ The same that bubblewrap builds, for machines that lack it.
 import os
 import sys
 
-from loramoe_train.evaluation.sandbox.inside.kernel import SET_PDEATHSIG, call
+from loramoe_train.evaluation.sandbox.inside.kernel import call
 
-NEW_MOUNTS, NEW_HOSTNAME, NEW_IPC, NEW_USER, NEW_PIDS, NEW_NETWORK = (
-    0x20000, 0x4000000, 0x8000000, 0x10000000, 0x20000000, 0x40000000,
-)  # fmt: skip
-READ_ONLY, NO_SETUID, NO_DEVICES, BIND, RECURSIVE, PRIVATE = 1, 2, 4, 4096, 16384, 1 << 18  # of mount
+NEW_MOUNTS, NEW_HOSTNAME, NEW_IPC = 0x20000, 0x4000000, 0x8000000  # of unshare
+NEW_USER, NEW_PIDS, NEW_NETWORK = 0x10000000, 0x20000000, 0x40000000
+READ_ONLY, NO_SETUID, NO_DEVICES, CHANGE_FLAGS, BIND, RECURSIVE, PRIVATE = 1, 2, 4, 32, 4096, 16384, 1 << 18  # of mount
 MOUNT_SETATTR, WHOLE_TREE, DETACH = 442, 0x8000, 2
 INTERPRETER_INSIDE = "/py"  # fixed: the real place may lie below a home that nobody else may enter
-KILL = 9
 
 
 def enter(user: int) -> None:
@@ -40,7 +38,6 @@ def enter(user: int) -> None:
         os.closerange(0, 3)
         _, status = os.waitpid(first, 0)
         os._exit(128 + os.WTERMSIG(status) if os.WIFSIGNALED(status) else os.WEXITSTATUS(status))
-    call("prctl", SET_PDEATHSIG, KILL, 0, 0, 0)
 
 
 def build_root(disk_bytes: int) -> None:
@@ -63,7 +60,7 @@ def build_root(disk_bytes: int) -> None:
     for name in ("null", "zero", "urandom", "random"):
         os.close(os.open(f"{new}/dev/{name}", os.O_CREAT))
         _mount(f"/dev/{name}", f"{new}/dev/{name}", None, BIND)
-    if not os.path.realpath(sys.base_prefix).startswith("/usr/"):
+    if not (os.path.realpath(sys.base_prefix) + "/").startswith("/usr/"):
         _bind(f"/proc/self/fd/{interpreter}", new + INTERPRETER_INSIDE)
         _move_imports(sys.base_prefix, INTERPRETER_INSIDE)
     os.close(interpreter)
@@ -72,7 +69,7 @@ def build_root(disk_bytes: int) -> None:
     os.chdir(new)
     call("pivot_root", b".", b".")
     call("umount2", b".", DETACH)
-    _mount(None, "/", None, BIND | 32 | READ_ONLY | NO_SETUID | NO_DEVICES)  # 32: change the flags of what is there
+    _mount(None, "/", None, BIND | CHANGE_FLAGS | READ_ONLY | NO_SETUID | NO_DEVICES)
     os.chdir("/tmp")
 
 

@@ -16,14 +16,8 @@ MACHINES = {"x86_64": (0, 0xC000003E), "aarch64": (1, 0xC00000B7)}  # column of 
 CLONE_THREAD, CLONE_NEW_ANYTHING = 0x10000, 0x7E020000
 WRITE_FLAGS, TRUNCATE_FLAG = 0o1 | 0o2 | 0o100 | 0o1000 | 0o20000000, 0o1000  # O_WRONLY, RDWR, CREAT, TRUNC, TMPFILE
 PLAIN_FCNTL = (0, 1, 2, 3, 4, 5, 6, 7, 1030, 1032)  # not F_SETOWN and F_SETSIG, which send signals
-PLAIN_IOCTL = (
-    0x5401,
-    0x5413,
-    0x541B,
-    0x5421,
-    0x5450,
-    0x5451,
-)  # is it a terminal, its size, bytes waiting, blocking, ...
+# is it a terminal, its size, bytes waiting, blocking or not, closed on exec or not
+PLAIN_IOCTL = (0x5401, 0x5413, 0x541B, 0x5421, 0x5450, 0x5451)
 PLAIN_PRCTL = (15, 16)  # the name of a thread
 UNIX, STREAM = 1, 1
 
