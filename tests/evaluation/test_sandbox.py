@@ -83,6 +83,13 @@ def fail(kind): raise kind('wanted')
 def counted(x): return Counter(x)
 def point(): return namedtuple('Point', 'x y')(1, 2)
 def convert(x, kind): return kind(x)
+from fractions import Fraction
+from decimal import Decimal
+from collections import deque
+import datetime
+def exact(): return [Fraction(1, 2), Decimal('0.5'), deque([1], 3), datetime.date(2020, 2, 1),
+                     datetime.datetime(2020, 2, 1, 3, 4, 5, 6), datetime.timedelta(1, 2, 3), datetime.time(1, 2)]
+def views(): return [{'b': 1, 'a': 2}.keys(), {'a': 1}.items(), {'a': 3}.values()]
 class Odd(Exception): pass
 def odd(): raise Odd('one')
 """
@@ -107,6 +114,15 @@ for kind in (ValueError, KeyError, ZeroDivisionError):
         assert 'wanted' in str(error)
     else:
         raise AssertionError(kind)
+half, same_half, queue, date, moment, span, hour = exact()
+assert half == same_half == 0.5 and abs(half - 0.5) < 1e-9
+import collections, datetime
+assert queue == collections.deque([1]) and queue.maxlen == 3 and date == datetime.date(2020, 2, 1)
+assert moment == datetime.datetime(2020, 2, 1, 3, 4, 5, 6) and span == datetime.timedelta(1, 2, 3)
+assert hour == datetime.time(1, 2)
+keys, items, entries = views()
+assert keys == {'a', 'b'} and list(keys) == ['b', 'a'] and keys != ['b', 'a'] and items == {('a', 1)}
+assert list(entries) == [3]
 try:
     odd()
 except Exception as error:

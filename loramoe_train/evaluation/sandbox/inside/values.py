@@ -1,11 +1,12 @@
 """Plain values as JSON, for the pipe between the foreign code and its judge.
 
-Numbers, text, bytes, None and the built-in containers of these arrive as equal values of the built-in type, whatever
-subclass they were; built-in types and modules as the receiver's own. Everything else stays where it is and only a
-number goes over the pipe: see `judge.Reference`.
+Numbers, text, bytes, None, the built-in containers of these and a few more arrive as equal values, of the built-in type
+whatever subclass they were; built-in types and modules as the receiver's own. Everything else stays where it is and
+only a number goes over the pipe: see `judge.Reference`.
 """
 
 import builtins
+import importlib
 import json
 import sys
 import types
@@ -16,6 +17,17 @@ sys.set_int_max_str_digits(0)
 
 SEQUENCES: dict[str, type] = {"list": list, "tuple": tuple, "set": set, "frozenset": frozenset}
 MUTABLE = (list, dict, set, bytearray)
+
+# types of the standard library whose objects are equal to others, numbers among them -> what makes one anew
+STANDARD: dict[str, Callable[[Any], list[Any]]] = {
+    "fractions.Fraction": lambda value: [value.numerator, value.denominator],
+    "decimal.Decimal": lambda value: [str(value)],
+    "collections.deque": lambda value: [list(value), value.maxlen],
+    "datetime.date": lambda value: [value.year, value.month, value.day],
+    "datetime.timedelta": lambda value: [value.days, value.seconds, value.microseconds],
+    "datetime.datetime": lambda value: [*value.timetuple()[:6], value.microsecond],
+    "datetime.time": lambda value: [value.hour, value.minute, value.second, value.microsecond],
+}
 
 
 def dumps(value: Any, hold: Callable[[Any], int]) -> str:
@@ -42,6 +54,12 @@ def _encode(value: Any, hold: Callable[[Any], int]) -> Any:
         return ["complex", value.real, value.imag]
     if isinstance(value, range):
         return ["range", value.start, value.stop, value.step]
+    name = f"{type(value).__module__}.{type(value).__qualname__}"
+    if name in STANDARD and getattr(value, "tzinfo", None) is None:
+        return [name, *[_encode(entry, hold) for entry in STANDARD[name](value)]]
+    if isinstance(value, type({}.keys()) | type({}.items())):
+        kind = "keys" if isinstance(value, type({}.keys())) else "items"
+        return [kind, *[_encode(entry, hold) for entry in value]]
     if isinstance(value, types.ModuleType):
         return ["module", value.__name__]
     if isinstance(value, type) and getattr(builtins, value.__name__, None) is value:
@@ -63,6 +81,13 @@ def _decode(value: Any, resolve: Callable[[int], Any], module: Callable[[str], A
         return complex(*parts)
     if kind == "range":
         return range(*parts)
+    if kind in STANDARD:
+        home, _, name = kind.rpartition(".")
+        return getattr(importlib.import_module(home), name)(*[_decode(part, resolve, module) for part in parts])
+    if kind == "keys":
+        return dict.fromkeys(_decode(part, resolve, module) for part in parts).keys()
+    if kind == "items":
+        return dict(_decode(part, resolve, module) for part in parts).items()
     if kind == "module":
         return module(parts[0])
     if kind == "type":
