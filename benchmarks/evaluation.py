@@ -97,10 +97,13 @@ def main(given: Sequence[str] | None = None) -> dict[str, Any]:
         walls: dict[str, list[float]] = {"ours": [], "lm_eval_base": [], "lm_eval_merged": []}
         cpus: dict[str, list[float]] = {key: [] for key in walls}
         calls: dict[str, Call] = {}
+        out: list[Path] = []
 
         def ours() -> tuple[float, float]:
             names = f"eval.tasks=[{options.tasks}]"
-            return run_ours("evaluate", str(run), names, *overrides, "eval.allow_code_execution=true")
+            out.append(folder / f"ours-{len(out)}")  # an evaluation that finds its own results might not repeat it
+            allowed = "eval.allow_code_execution=true"
+            return run_ours("evaluate", str(run), names, *overrides, allowed, f"run_dir={out[-1]}")
 
         def theirs(key: str, scored: Path) -> tuple[float, float]:
             calls[key] = run_cli(
@@ -119,7 +122,7 @@ def main(given: Sequence[str] | None = None) -> dict[str, Any]:
                 walls[key].append(wall)
                 cpus[key].append(cpu)
                 print(f"round {number + 1}: {key}: {wall:.1f} s, of processors {cpu:.1f} s", flush=True)
-        found = _agreement_of_bases(run, calls["lm_eval_base"])
+        found = _agreement_of_bases(out[-1], calls["lm_eval_base"])
     report: dict[str, Any] = {"limit": limit, "new_tokens": options.new_tokens, "rounds": rounds}
     for kind, samples in (("wall", walls), ("processor", cpus)):
         samples["lm_eval_both"] = [sum(pair) for pair in zip(*list(samples.values())[1:], strict=True)]
@@ -132,10 +135,10 @@ def main(given: Sequence[str] | None = None) -> dict[str, Any]:
     return report
 
 
-def _agreement_of_bases(run: Path, theirs: Call) -> dict[str, dict[str, float]]:
+def _agreement_of_bases(ours: Path, theirs: Call) -> dict[str, dict[str, float]]:
     found = {}
     for name, entries in theirs.samples.items():
-        log = run / "samples" / f"{name}.base.jsonl"
+        log = ours / "samples" / f"{name}.base.jsonl"
         lines = log.read_text(encoding="utf-8").splitlines()
         found[name] = agreement([json.loads(line) for line in lines], entries).plain()
     return found
