@@ -14,7 +14,6 @@ of its own, is left out (see `lm_eval_cli.py`). Base samples of both are compare
 
 import json
 import os
-import resource
 import subprocess
 import sys
 import tempfile
@@ -23,7 +22,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks.lm_eval_cli import Call, agreement, run_cli, write_tasks
+from benchmarks.lm_eval_cli import Call, agreement, cpu_of_children, run_cli, shown, write_tasks
 from benchmarks.measure import arguments, finish, ratio, table, times
 from benchmarks.parity import SEVEN
 from loramoe_train.evaluation.check import check_benchmarks
@@ -46,17 +45,12 @@ ONE_STEP = (
 def run_ours(program: str, *arguments: str) -> tuple[float, float]:
     """(wall, CPU) seconds of `loramoe-PROGRAM ARGUMENTS`. SystemExit with its last words if it fails."""
     call = f"from loramoe_train.cli import {program}; {program}()"
-    began, cpu = time.perf_counter(), _cpu_of_children()
+    began, cpu = time.perf_counter(), cpu_of_children()
     env = {**os.environ, "HF_HUB_OFFLINE": "1"}
     done = subprocess.run([sys.executable, "-c", call, *arguments], env=env, capture_output=True, text=True)
     if done.returncode:
         raise SystemExit(f"{program} {' '.join(arguments)} failed with code {done.returncode}:\n{done.stderr[-3000:]}")
-    return time.perf_counter() - began, _cpu_of_children() - cpu
-
-
-def _cpu_of_children() -> float:
-    used = resource.getrusage(resource.RUSAGE_CHILDREN)
-    return used.ru_utime + used.ru_stime
+    return time.perf_counter() - began, cpu_of_children() - cpu
 
 
 def make_adapter(folder: Path, model: Path, data_root: str) -> tuple[Path, Path]:
@@ -103,10 +97,13 @@ def main(given: Sequence[str] | None = None) -> dict[str, Any]:
         walls: dict[str, list[float]] = {"ours": [], "lm_eval_base": [], "lm_eval_merged": []}
         cpus: dict[str, list[float]] = {key: [] for key in walls}
         calls: dict[str, Call] = {}
+        out: list[Path] = []
 
         def ours() -> tuple[float, float]:
             names = f"eval.tasks=[{options.tasks}]"
-            return run_ours("evaluate", str(run), names, *overrides, "eval.allow_code_execution=true")
+            out.append(folder / f"ours-{len(out)}")  # an evaluation that finds its own results might not repeat it
+            allowed = "eval.allow_code_execution=true"
+            return run_ours("evaluate", str(run), names, *overrides, allowed, f"run_dir={out[-1]}")
 
         def theirs(key: str, scored: Path) -> tuple[float, float]:
             calls[key] = run_cli(
@@ -125,23 +122,23 @@ def main(given: Sequence[str] | None = None) -> dict[str, Any]:
                 walls[key].append(wall)
                 cpus[key].append(cpu)
                 print(f"round {number + 1}: {key}: {wall:.1f} s, of processors {cpu:.1f} s", flush=True)
-        found = _agreement_of_bases(run, calls["lm_eval_base"])
+        found = _agreement_of_bases(out[-1], calls["lm_eval_base"])
     report: dict[str, Any] = {"limit": limit, "new_tokens": options.new_tokens, "rounds": rounds}
     for kind, samples in (("wall", walls), ("processor", cpus)):
         samples["lm_eval_both"] = [sum(pair) for pair in zip(*list(samples.values())[1:], strict=True)]
         report[kind] = times(samples, to=("lm_eval_both",))
         table(f"{kind} seconds, {limit} rows of each benchmark", report[kind])
     report |= {"ours_to_lm_eval": ratio(walls, "ours", "lm_eval_both"), "agreement_of_bases": found}
-    table("base samples of ours and theirs", found)
+    table("base samples of ours and theirs", {name: shown(row) for name, row in found.items()})
     print(f"base and tuned: {report['ours_to_lm_eval']:.2f} of the time of lm-eval's command line on both folders")
     finish(report, options.json)
     return report
 
 
-def _agreement_of_bases(run: Path, theirs: Call) -> dict[str, dict[str, float]]:
+def _agreement_of_bases(ours: Path, theirs: Call) -> dict[str, dict[str, float]]:
     found = {}
     for name, entries in theirs.samples.items():
-        log = run / "samples" / f"{name}.base.jsonl"
+        log = ours / "samples" / f"{name}.base.jsonl"
         lines = log.read_text(encoding="utf-8").splitlines()
         found[name] = agreement([json.loads(line) for line in lines], entries).plain()
     return found

@@ -87,9 +87,9 @@ def run_cli(
     command += ["--batch_size", str(batch_size), "--output_path", str(out), "--log_samples"]
     command += ["--limit", str(limit)] if limit else []
     env = {**os.environ, "HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1", "HF_HOME": str(tasks / "hf")}
-    began, cpu = time.perf_counter(), _cpu_of_children()
+    began, cpu = time.perf_counter(), cpu_of_children()
     done = subprocess.run(command, env=env, capture_output=True, text=True)
-    seconds, cpu_seconds = time.perf_counter() - began, _cpu_of_children() - cpu
+    seconds, cpu_seconds = time.perf_counter() - began, cpu_of_children() - cpu
     if done.returncode:
         raise SystemExit(f"{' '.join(command)} failed with code {done.returncode}:\n{done.stderr[-3000:]}")
     (report,) = out.rglob("results_*.json")
@@ -102,7 +102,8 @@ def run_cli(
     return Call(samples, {n.removesuffix(SUFFIX): values for n, values in results.items()}, seconds, cpu_seconds)
 
 
-def _cpu_of_children() -> float:
+def cpu_of_children() -> float:
+    """Processor seconds, user and system, of all children that have ended."""
     used = resource.getrusage(resource.RUSAGE_CHILDREN)
     return used.ru_utime + used.ru_stime
 
@@ -120,6 +121,11 @@ class Agreement:
 
     def plain(self) -> dict[str, float]:
         return dict(vars(self))
+
+
+def shown(row: Mapping[str, float]) -> Row:
+    """`Agreement.plain()` for a table: differences in the seventh digit are to be seen."""
+    return {**row, "largest": f"{row['largest']:.1e}"}
 
 
 def agreement(ours: Sequence[Mapping[str, Any]], theirs: Sequence[Mapping[str, Any]]) -> Agreement:

@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 
-from benchmarks.lm_eval_cli import Agreement, agreement, run_cli, write_tasks
+from benchmarks.lm_eval_cli import Agreement, agreement, run_cli, shown, write_tasks
 from benchmarks.measure import arguments, finish, table
 from loramoe_train.evaluation.check import check_benchmarks
 from loramoe_train.schema.evaluation import EvalConfig
@@ -69,7 +69,7 @@ def main(given: Sequence[str] | None = None) -> dict[str, Any]:
         on_result=note,
     )
     rows = {name: each.plain() for name, each in found.items()}
-    table(f"{limit} rows of each, {options.device}, float32", rows)
+    table(f"{limit} rows of each, {options.device}, float32", {name: shown(row) for name, row in rows.items()})
     report = {"limit": limit, "num_fewshot": options.num_fewshot, "new_tokens": options.new_tokens, "agreement": rows}
     finish(report, options.json)
     unequal = sum(each.unequal for each in found.values())
