@@ -1,6 +1,4 @@
-"""Groups `eval` and `launcher`."""
-
-from typing import Literal
+"""Group `eval`."""
 
 from pydantic import Field
 
@@ -24,9 +22,3 @@ class EvalConfig(Strict):
     chat_template: bool = False
     save_samples: bool = True
     allow_code_execution: bool = False  # HumanEval runs what the model wrote, in a restricted child process
-
-
-class LauncherConfig(Strict):
-    """Where a run is started. `configs/launcher/*.yaml` also choose Hydra's own launcher."""
-
-    name: Literal["local", "slurm"] = "local"
