@@ -13,7 +13,7 @@ import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from loramoe_train.errors import ConfigError
+from loramoe_train.errors import ConfigError, Interrupted, SavedOnSignal
 from loramoe_train.schema.launcher import LauncherConfig
 from loramoe_train.sweeps.sweep import INNER, Job, Sweep, alone_with, is_locked, read_sweep
 from loramoe_train.training.signals import Terminated
@@ -51,7 +51,7 @@ def jobs_for(sweep: Sweep, numbers: Sequence[int]) -> dict[int, Job]:
 def run_pool(sweep: Sweep, numbers: Sequence[int], say: Callable[[str], None] = lambda line: None) -> None:
     """Run them all and return when they have ended; how each one ended is in its folder and its log.
 
-    Raises what asked the pool to stop, after the runs have saved.
+    Raises SavedOnSignal or Interrupted where a signal asked the pool to stop, after the runs have saved.
     """
     launcher = LauncherConfig(**sweep.parameters)
     gpus = devices()
@@ -71,10 +71,11 @@ def run_pool(sweep: Sweep, numbers: Sequence[int], say: Callable[[str], None] = 
                         del running[number]
                         slots.append(slot)
                         say(f"{sweep.label(sweep.runs[number])} {'is done' if process.returncode == 0 else 'failed'}")
-        except (KeyboardInterrupt, Terminated):
+        except (KeyboardInterrupt, Terminated) as stop:
             say("stopping: the runs save first; Ctrl-C stops them at once")
             _stop([process for process, _ in running.values()])
-            raise
+            kind, by = (SavedOnSignal, str(stop)) if isinstance(stop, Terminated) else (Interrupted, "Ctrl-C")
+            raise kind(f"stopped by {by}; loramoe-sweep retry-failed {sweep.root} goes on") from None
 
 
 def _start(

@@ -4,10 +4,10 @@ import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from loramoe_train.errors import ConfigError, LoramoeError
+from loramoe_train.errors import ConfigError, LoramoeError, SweepFailed
 from loramoe_train.sweeps.pool import at_once, devices, jobs_for, run_pool, start_in_background
 from loramoe_train.sweeps.slurm import check_slurm, merged, submit
-from loramoe_train.sweeps.status import DONE, FAILED, RunStatus, SweepFailed, look, summary
+from loramoe_train.sweeps.status import DONE, FAILED, RunStatus, look, summary
 from loramoe_train.sweeps.sweep import Composed, Sweep, alone_with, checked, create, discard, read_sweep
 
 POLL_SECONDS = 5
@@ -35,12 +35,12 @@ def start(composed: Sequence[Composed], hydras: dict[str, Any], *, wait: bool, s
             raise ConfigError(f"launcher.nodes={launcher.nodes} needs launcher=slurm; local runs stay on this machine")
         at_once(launcher, devices())
     sweep, configs = checked(composed, launcher.model_dump())
-    create(sweep, configs)
+    made = create(sweep, configs)
     try:
         sweep = _begin(sweep, range(len(sweep.runs)), wait=wait, say=say)
     except LoramoeError:
         if not any(run.jobs for run in read_sweep(sweep.root).runs):
-            discard(sweep)
+            discard(sweep, made)
         raise
     return _finish(sweep, say) if wait else sweep
 

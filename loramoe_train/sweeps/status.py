@@ -78,7 +78,7 @@ def _status(sweep: Sweep, run: Run, queued: Mapping[str, str] | None, pooled: bo
         return RunStatus(run, WAITING, "", step)
     if queued is None:
         return RunStatus(run, UNKNOWN, "SLURM could not be asked", step)
-    said = damaged or last_error(log)
+    said = damaged or (last_error(log) if log.is_file() else "its job never began: it was cancelled, or lost")
     if sweep.launcher == "local" and pooled and not said:
         return RunStatus(run, RUNNING, "", step)  # it has not reached its folder yet
     ended = state if state not in ("COMPLETED", "FAILED") else ""
@@ -117,9 +117,3 @@ def summary(found: list[RunStatus]) -> str:
         (state, sum(each.state == state for each in found)) for state in (DONE, RUNNING, WAITING, FAILED, UNKNOWN)
     )
     return ", ".join(f"{count} {state}" for state, count in counts if count)
-
-
-class SweepFailed(LoramoeError):
-    """Runs of a sweep failed; the others have their results."""
-
-    exit_code = 6

@@ -13,7 +13,7 @@ import os
 import shutil
 import sys
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -24,6 +24,7 @@ from loramoe_train.errors import ConfigError, DataError, MissingFileError
 from loramoe_train.files import read_json, write_bytes, write_errors, write_json
 from loramoe_train.run_lock import LOCK, alone_in
 from loramoe_train.rundir import check_claim, flatten, read_resolved
+from loramoe_train.schema.launcher import LauncherConfig
 from loramoe_train.schema.run import RunConfig
 from loramoe_train.settle import settle
 from loramoe_train.validation import validate
@@ -65,9 +66,14 @@ class Run:
 class Sweep:
     root: Path
     cwd: str  # where it was started: relative paths in configs begin there
-    launcher: str  # local or slurm
-    parameters: dict[str, Any]  # of the launcher
+    parameters: dict[str, Any]  # a LauncherConfig's
+    command: tuple[str, ...]
     runs: tuple[Run, ...]
+
+    @property
+    def launcher(self) -> str:
+        """local or slurm."""
+        return str(self.parameters["name"])
 
     def folder(self, run: Run) -> Path:
         return self.root / run.folder
@@ -100,8 +106,14 @@ class Sweep:
         return sweep
 
     def write(self) -> None:
-        content = {"schema": SCHEMA, **asdict(replace(self, root="")), "command": sys.argv}
-        del content["root"]
+        """Write sweep.json in one piece. Raises LoramoeError when the disk refuses."""
+        content = {
+            "schema": SCHEMA,
+            "command": self.command,
+            "cwd": self.cwd,
+            "parameters": self.parameters,
+            "runs": [asdict(run) for run in self.runs],
+        }
         with write_errors(str(self.root / SWEEP), "make room"):
             write_json(self.root / SWEEP, content)
 
@@ -157,7 +169,7 @@ def checked(composed: Sequence[Composed], parameters: dict[str, Any]) -> tuple[S
 def runs_of(composed: Sequence[Composed]) -> Sweep:
     """The runs by number, nothing checked and no folder yet."""
     runs = (Run(n, str(PurePosixPath(r.subfolder)), r.overrides, r.recipe) for n, r in enumerate(composed))
-    return Sweep(Path(), os.getcwd(), composed[0].config.launcher.name, {}, tuple(runs))
+    return Sweep(Path(), os.getcwd(), composed[0].config.launcher.model_dump(), tuple(sys.argv), tuple(runs))
 
 
 def _check_folders(composed: Sequence[Composed]) -> None:
@@ -180,9 +192,13 @@ def _check_folders(composed: Sequence[Composed]) -> None:
             raise ConfigError(f"run {number} would write into {inside}, the folder of run {taken[inside]}")
 
 
-def create(sweep: Sweep, configs: Sequence[RunConfig]) -> None:
-    """Write the sweep's folder. Raises ConfigError when somebody else has just done so, or it cannot be written."""
+def create(sweep: Sweep, configs: Sequence[RunConfig]) -> list[Path]:
+    """Write the sweep's folder; returns the folders that were made for it, the innermost first.
+
+    Raises ConfigError when somebody else has just written it, or it cannot be written.
+    """
     inner = sweep.root / INNER
+    made = [folder for folder in (sweep.root, *sweep.root.parents) if not folder.exists()]
     try:
         sweep.root.mkdir(parents=True, exist_ok=True)
         inner.mkdir()  # who makes it, owns the sweep
@@ -195,17 +211,16 @@ def create(sweep: Sweep, configs: Sequence[RunConfig]) -> None:
     except OSError as error:
         raise ConfigError(f"run_dir={sweep.root} cannot be written: {error.strerror}") from error
     sweep.write()
+    return made
 
 
-def discard(sweep: Sweep) -> None:
+def discard(sweep: Sweep, made: Sequence[Path]) -> None:
     """Take back what `create` wrote, for a sweep of which nothing was started."""
     (sweep.root / SWEEP).unlink(missing_ok=True)
     shutil.rmtree(sweep.root / INNER, ignore_errors=True)
-    for folder in (sweep.root, *sweep.root.parents[: len(sweep.root.parts) - 1]):
-        try:
+    with suppress(OSError):  # somebody has put something there meanwhile
+        for folder in made:
             folder.rmdir()
-        except OSError:
-            return
 
 
 def read_sweep(root: Path) -> Sweep:
@@ -228,7 +243,8 @@ def read_sweep(root: Path) -> Sweep:
         )
         if not runs or [run.number for run in runs] != list(range(len(runs))):
             raise ValueError("its runs are not numbered from 0")
-        return Sweep(root, str(content["cwd"]), str(content["launcher"]), dict(content["parameters"]), runs)
+        parameters = LauncherConfig(**content["parameters"]).model_dump()
+        return Sweep(root, str(content["cwd"]), parameters, tuple(map(str, content["command"])), runs)
     except (KeyError, TypeError, ValueError) as error:
         reason = f"it has no {error}" if isinstance(error, KeyError) else str(error)
         raise DataError(f"{root / SWEEP} is not the record of a sweep: {reason}") from error

@@ -23,7 +23,7 @@ def finished(root: Path, runs: list[tuple[str, ...]], scores: list[dict[str, Any
     """A sweep on disk; a run whose scores are None has left nothing."""
     parameters = LauncherConfig().model_dump()
     made = (Run(n, str(n), texts, None, (Job("local-1", f".sweep/local-1/{n}.log"),)) for n, texts in enumerate(runs))
-    sweep = Sweep(root, str(root), "local", parameters, tuple(made))
+    sweep = Sweep(root, str(root), parameters, (), tuple(made))
     root.mkdir(parents=True, exist_ok=True)
     sweep.write()
     for run, entry in zip(sweep.runs, scores, strict=True):

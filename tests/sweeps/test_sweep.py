@@ -72,7 +72,7 @@ def test_two_that_are_started_at_once(tmp_path: Path) -> None:
 def test_what_is_written_is_what_is_read(tmp_path: Path) -> None:
     root = tmp_path / "deep" / "sweep"
     sweep, configs = checked(seeds(root), LOCAL)
-    create(sweep, configs)
+    made = create(sweep, configs)
     again = read_sweep(root)
     assert again == sweep and again.varying() == ("seed",) and again.label(again.runs[1]) == "run 1 (seed=1)"
     config = again.config(again.runs[1])
@@ -80,8 +80,9 @@ def test_what_is_written_is_what_is_read(tmp_path: Path) -> None:
     root.rename(tmp_path / "moved")  # runs go on where the sweep is now
     moved = read_sweep(tmp_path / "moved")
     assert moved.config(moved.runs[1]).run_dir == str(tmp_path / "moved" / "1")
-    discard(moved)
-    assert not (tmp_path / "moved").exists()
+    (tmp_path / "moved").rename(root)
+    discard(sweep, made)
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize(
@@ -91,6 +92,7 @@ def test_what_is_written_is_what_is_read(tmp_path: Path) -> None:
         ({"schema": 9}, "has schema 9; this version reads 1"),
         ({"runs": [{"number": 0, "folder": "../../x", "overrides": [], "recipe": None, "jobs": []}]}, "leads out of"),
         ({"runs": [{"number": 0}]}, "it has no 'folder'"),
+        ({"parameters": {"partition": "a\nb"}}, "partition"),
         (None, "is not JSON"),
     ],
 )

@@ -31,7 +31,7 @@ def test_a_row_for_each_run(tmp_path: Path) -> None:
     assert table.rows[0] == ("0", "2468", "0", "50.0", "25.0", "37.5", "1.2500")
     assert table.rows[4] == ("4", "8642", "1", "80.0", "-", "-", "1.2500")  # a mean over a part would mislead
     assert table.rows[5] == ("5", "8642", "2", "failed", "failed", "failed", "failed")
-    assert table.notes == ("run 5 (experts.layout=8642 seed=2) failed: it left no results and said nothing",)
+    assert table.notes == ("run 5 (experts.layout=8642 seed=2) failed: its job never began: it was cancelled, or lost",)
     assert make_table(sweep, look(sweep), side="difference").rows[0][3:5] == ("25.0", "0.0")
 
 
