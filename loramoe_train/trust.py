@@ -13,8 +13,8 @@ from typing import Any
 from loramoe_train.errors import ConfigError
 from loramoe_train.paths import CONFIGS
 
-# Keys that let further code run (what a module, a model's repository or a model has written, lines of a job's script) or
-# say how that is contained, each with the value that anybody may give.
+# Keys that let further code run (what a module, a model's repository or a model has written, lines of a job's script)
+# or say how that is contained, each with the value that anybody may give.
 TYPED_ONLY: dict[str, object] = {
     "trusted_modules": [],
     "model.trust_remote_code": False,

@@ -1,5 +1,7 @@
 """Group `eval`."""
 
+from typing import Literal
+
 from pydantic import Field
 
 from loramoe_train.schema.base import Strict
