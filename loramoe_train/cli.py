@@ -8,6 +8,7 @@ import os
 import re
 import sys
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -46,28 +47,41 @@ Command = Callable[[RunConfig, dict[str, Any]], None]
 def train() -> None:
     """`loramoe-train`: train, evaluate, write the run folder."""
 
-    def job(config: RunConfig, extra: dict[str, Any]) -> None:
-        from loramoe_train.rundir import check_places
-        from loramoe_train.settle import settle
+    _main(_train, sweep=partial(_start_sweep, wait=True))
 
-        check_places(config)  # both before torch is imported
-        settled = settle(config)
-        from loramoe_train.run import train_run
 
-        train_run(config, settled)
+def _train(config: RunConfig, extra: dict[str, Any]) -> None:
+    from loramoe_train.rundir import check_places
+    from loramoe_train.settle import settle
 
-    _main(job)
+    check_places(config)  # both before torch is imported
+    settled = settle(config)
+    from loramoe_train.run import train_run
+
+    train_run(config, settled)
+
+
+def _start_sweep(runs: list[Any], hydras: dict[str, Any], *, wait: bool) -> None:
+    from loramoe_train.sweeps.start import start
+
+    start(runs, hydras, wait=wait, say=lambda line: print(line, file=sys.stderr, flush=True))
 
 
 def plan() -> None:
-    """`loramoe-plan`: sites, parameters, memory, steps and files of a run, without reading a weight."""
+    """`loramoe-plan`: sites, parameters, memory, steps and files of a run, without reading a weight; of a whole sweep,
+    with --multirun, what it costs."""
 
     def job(config: RunConfig, extra: dict[str, Any]) -> None:
         from loramoe_train.planning import print_plan
 
         print_plan(config, **extra.get("plan", {}))
 
-    _main(job, extras={"plan": ("batch", "sequence")})
+    def sweep(runs: list[Any], hydras: dict[str, Any]) -> None:
+        from loramoe_train.sweeps.cost import print_cost
+
+        print_cost(runs, **runs[0].extra.get("plan", {}))
+
+    _main(job, extras={"plan": ("batch", "sequence", "tokens_per_second")}, sweep=sweep)
 
 
 def data() -> None:
@@ -126,6 +140,20 @@ def export() -> None:
     _guard(job)
 
 
+def sweep() -> None:
+    """`loramoe-sweep submit|status|table|retry-failed`: many runs, without waiting for them."""
+    if sys.argv[1:2] == ["submit"]:
+        sys.argv[1] = "--multirun"
+        return _main(_train, sweep=partial(_start_sweep, wait=False))
+
+    def job() -> None:
+        from loramoe_train.sweeps.command import run
+
+        run(sys.argv[1:])
+
+    _guard(job)
+
+
 def _guard(job: Callable[[], None], cure: str = "the same command with resume=auto goes on") -> None:
     """Run `job`; one line and the right exit code for everything that a user can cause. `cure`: after a signal."""
     # Threads of torch that wait by spinning starve each other where cores are shared: two runs on two cores took 15
@@ -150,10 +178,13 @@ def _fail(message: str, code: int) -> None:
     sys.exit(code)
 
 
-def _main(command: Command, extras: dict[str, tuple[str, ...]] | None = None) -> None:
+def _main(
+    command: Command, extras: dict[str, tuple[str, ...]] | None = None, sweep: Callable[..., None] | None = None
+) -> None:
     """Compose with Hydra from the command line and hand a validated config to `command`.
 
-    `extras` are groups of keys which belong to the command and not to the run (`+plan.batch=8`).
+    `extras` are groups of keys which belong to the command and not to the run (`+plan.batch=8`). `sweep` gets all runs
+    of a --multirun at once (sweeps/sweeper.py); without it, `command` gets them one after another.
     """
     import hydra
     from omegaconf import DictConfig
@@ -168,13 +199,17 @@ def _main(command: Command, extras: dict[str, tuple[str, ...]] | None = None) ->
     @hydra.main(config_path=str(CONFIGS), config_name="train", version_base="1.3")
     def job(composed: DictConfig) -> None:
         try:
-            command(*_typed(composed, extras or {}))
+            command(*_typed(composed, extras or {}, numbered=_is_sweep()))
         except LoramoeError as error:
             if _is_sweep():
                 raise
             refused.append(error)  # Hydra would print a line of its own before ours
 
     def run() -> None:
+        if sweep is not None and ({"-m", "--multirun"} & set(sys.argv) or "hydra.mode=MULTIRUN" in sys.argv):
+            from loramoe_train.sweeps.sweeper import take_over
+
+            take_over(partial(_typed, extras=extras or {}), sweep)
         _with_hydra_errors(job)
         if refused:
             raise refused[0]
@@ -251,8 +286,13 @@ def register() -> None:
         )
 
 
-def _typed(composed: Any, extras: dict[str, tuple[str, ...]]) -> tuple[RunConfig, dict[str, Any]]:
-    """The run's config with the tasks' definitions filled in, and the command's own keys."""
+def _typed(
+    composed: Any, extras: dict[str, tuple[str, ...]], *, numbered: bool = False
+) -> tuple[RunConfig, dict[str, Any]]:
+    """The run's config with the tasks' definitions filled in, and the command's own keys.
+
+    `numbered`: its folder is below the one given, as Hydra's own sweeps have it.
+    """
     from hydra.core.hydra_config import HydraConfig
     from omegaconf import OmegaConf
     from omegaconf.errors import OmegaConfBaseException
@@ -280,7 +320,7 @@ def _typed(composed: Any, extras: dict[str, tuple[str, ...]]) -> tuple[RunConfig
     if isinstance(tasks, list):
         values["data"]["definitions"] = load_definitions([str(t) for t in tasks if t not in definitions], folders)
         values["data"]["definitions"].update(definitions)
-    if _is_sweep():
+    if numbered:
         parent = values.get("run_dir")
         values["run_dir"] = f"{parent}/{hydra_config.job.num}" if parent else hydra_config.runtime.output_dir
     return validate(values), own
@@ -295,6 +335,8 @@ def _with_hydra_errors(job: Callable[[], None]) -> None:
         job()
     except MissingConfigException as error:
         wanted = str(error.missing_cfg_file or "")
+        if wanted.startswith("hydra/launcher/submitit"):
+            raise ConfigError("launcher=slurm needs hydra-submitit-launcher; install loramoe-train[slurm]") from error
         group, _, name = wanted.rpartition("/")
         options = [str(o) for o in error.options or []]
         shown = f"{group}={name}" if group else wanted

@@ -11,6 +11,7 @@ traceback therefore always means a defect of ours.
 | 3 | a file is missing, or would have to be fetched while offline |
 | 4 | training diverged |
 | 5 | out of memory |
+| 6 | runs of a sweep failed |
 | 75 | stopped on a signal with a checkpoint saved; run the same command again |
 | 130 | interrupted from the keyboard |
 """
@@ -75,6 +76,12 @@ class OutOfMemoryError(LoramoeError):
     """The device ran out of memory."""
 
     exit_code = 5
+
+
+class SweepFailed(LoramoeError):
+    """Runs of a sweep failed; the others have their results."""
+
+    exit_code = 6
 
 
 class SavedOnSignal(LoramoeError):

@@ -18,7 +18,7 @@ from loramoe_train.schema.run import RunConfig
 from loramoe_train.screen import quiet_libraries, screen
 from loramoe_train.settle import benchmark_names, settle
 from loramoe_train.site_plan import plan_sites, read_adapters
-from loramoe_train.training.stages import plan_stages
+from loramoe_train.training.stages import StagePlan, plan_stages
 from loramoe_train.validation import domains_of, trains_base
 
 MEASURED_ROWS = 100  # per task, to estimate tokens
@@ -70,8 +70,17 @@ def make_counts(config: RunConfig) -> tuple[Counts, dict[str, ExpertSpec], nn.Mo
     return count_parameters(config, routed, base), plan, model, bytes_of_base
 
 
-def print_plan(config: RunConfig, *, batch: int | None = None, sequence: int | None = None) -> None:
-    """Print the plan on stdout. `batch` and `sequence` default to the run's micro-batch and maximal length."""
+def print_plan(
+    config: RunConfig,
+    *,
+    batch: int | None = None,
+    sequence: int | None = None,
+    tokens_per_second: float | None = None,
+) -> None:
+    """Print the plan on stdout. `batch` and `sequence` default to the run's micro-batch and maximal length.
+
+    `tokens_per_second`: of all processes together, as a run logs it; then the time is estimated too.
+    """
     settled = settle(config, check_files=False)
     counts, plan, model, bytes_of_base = make_counts(config)
     quiet_libraries()
@@ -80,7 +89,7 @@ def print_plan(config: RunConfig, *, batch: int | None = None, sequence: int | N
         _print_sites(console, config, plan)
     _print_counts(console, counts)
     _print_memory(console, config, counts, model, bytes_of_base, batch, sequence)
-    _print_steps(console, config, settled.max_positions)
+    _print_steps(console, config, settled.max_positions, tokens_per_second)
     _print_files(console, config, settled.max_positions)
 
 
@@ -147,22 +156,29 @@ def _print_memory(
     batch: int | None,
     sequence: int | None,
 ) -> None:
+    rows = run_memory(config, counts, model, base, batch, sequence).rows()
     batch, sequence = batch or config.trainer.micro_batch_size, sequence or config.data.max_length
-    kept = _activations(config, batch, sequence)
+    console.print(f"\nMemory per process for {batch} x {sequence} tokens, every position filled")
+    for label, size in rows:
+        console.print(f"  {label:<36}{'not measurable here' if size is None else f'{size / 2**20:>14,.1f} MiB'}")
+
+
+def run_memory(
+    config: RunConfig, counts: Counts, model: nn.Module, base: int, batch: int | None, sequence: int | None
+) -> footprint.Memory:
+    """Of one process. `base`: bytes of the base model; `batch` and `sequence` as for `print_plan`."""
+    batch, sequence = batch or config.trainer.micro_batch_size, sequence or config.data.max_length
     text = model.config.get_text_config() if hasattr(model.config, "get_text_config") else model.config
-    rows = footprint.memory(
+    return footprint.memory(
         base,
         counts.trained,
         counts.experts + counts.routers,
         config.trainer.optimizer,
-        kept,
+        _activations(config, batch, sequence),
         # a head that trains is not run in chunks (training/loss.py)
         rows=batch * sequence if trains_base(config) else min(batch * sequence, footprint.LOSS_CHUNK_ROWS),
         vocabulary=text.vocab_size,
-    ).rows()
-    console.print(f"\nMemory per process for {batch} x {sequence} tokens, every position filled")
-    for label, size in rows:
-        console.print(f"  {label:<36}{'not measurable here' if size is None else f'{size / 2**20:>14,.1f} MiB'}")
+    )
 
 
 def _activations(config: RunConfig, batch: int, sequence: int) -> int | None:
@@ -180,32 +196,56 @@ def _activations(config: RunConfig, batch: int, sequence: int) -> int | None:
     return footprint.saved_activations(make, batch=batch, sequence=sequence, checkpointed=checkpointed)
 
 
-def _print_steps(console: Any, config: RunConfig, max_positions: int | None) -> None:
+@dataclass(frozen=True)
+class StageWork:
+    """What a stage takes from each task. `tokens` is empty where the tokenizer is not here."""
+
+    plan: StagePlan
+    examples: Mapping[str, int]
+    sizes: Mapping[str, int]  # examples that there are
+    tokens: Mapping[str, float]  # estimated
+
+
+def stage_work(config: RunConfig, max_positions: int | None) -> list[StageWork]:
+    """Steps, examples and tokens of every stage. Raises LoramoeError where the data is not here."""
     from loramoe_train.data.build import task_rows
     from loramoe_train.data.sampling import SamplePlan, drawable
 
-    console.print("\nSteps")
-    try:
-        sizes = {task: len(task_rows(config.data, task, "train")[0]) for task in config.data.tasks}
-    except LoramoeError as error:
-        console.print(f"  unknown until the data is here: {error}")
-        return
+    sizes = {task: len(task_rows(config.data, task, "train")[0]) for task in config.data.tasks}
     lengths = _mean_tokens(config, max_positions)
-    total = drawable(config.data.sampling, sizes)
+    total, found = drawable(config.data.sampling, sizes), []
     for stage in plan_stages(config.trainer, dict.fromkeys(config.trainer.stages, total), aux_losses=config.aux_loss):
         samples = stage.steps * config.trainer.batch_size
         plan = SamplePlan(
             sizes, config.data.sampling, seed=config.seed, stage=stage.name, total=samples, examples=stage.examples
         )
+        drawn = plan.counts(samples)
+        tokens = {task: count * lengths[task] for task, count in drawn.items() if task in lengths}
+        found.append(StageWork(stage, drawn, sizes, tokens))
+    return found
+
+
+def _print_steps(console: Any, config: RunConfig, max_positions: int | None, tokens_per_second: float | None) -> None:
+    console.print("\nSteps")
+    try:
+        stages = stage_work(config, max_positions)
+    except LoramoeError as error:
+        console.print(f"  unknown until the data is here: {error}")
+        return
+    for work in stages:
+        stage = work.plan
         console.print(
             f"  {stage.name}: {stage.steps:,} steps x {config.trainer.batch_size} examples,"
             f" trains {' and '.join(stage.train)}, routing {stage.routing}"
         )
-        for task, drawn in plan.counts(samples).items():
-            tokens = f", about {drawn * lengths[task]:,.0f} tokens" if task in lengths else ""
-            console.print(f"    {task:<16}{drawn:>9,} examples ({drawn / sizes[task]:.2f} passes){tokens}")
-    if not lengths:
+        for task, drawn in work.examples.items():
+            tokens = f", about {work.tokens[task]:,.0f} tokens" if task in work.tokens else ""
+            console.print(f"    {task:<16}{drawn:>9,} examples ({drawn / work.sizes[task]:.2f} passes){tokens}")
+    if not any(work.tokens for work in stages):
         console.print("    tokens: unknown until the tokenizer is here")
+    elif tokens_per_second:
+        hours = sum(sum(work.tokens.values()) for work in stages) / tokens_per_second / 3600
+        console.print(f"  about {hours:,.2f} hours of training at {tokens_per_second:,.0f} tokens/s")
 
 
 def _mean_tokens(config: RunConfig, max_positions: int | None) -> dict[str, float]:

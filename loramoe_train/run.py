@@ -350,10 +350,11 @@ def _written(place: Path) -> AbstractContextManager[None]:
 
 
 def _recipe() -> dict[str, Any]:
-    """The recipe's name, where Hydra composed this run."""
+    """The recipe's name: as Hydra composed this run or, for a run of a sweep, as its overrides name it."""
     from hydra.core.hydra_config import HydraConfig
 
-    choices = HydraConfig.get().runtime.choices if HydraConfig.initialized() else {}
+    typed = [text.partition("=")[2] for text in sys.argv if text.lstrip("+").startswith("recipe=")]
+    choices = HydraConfig.get().runtime.choices if HydraConfig.initialized() else {"recipe": (typed or [None])[-1]}
     return {"recipe": choices.get("recipe")}
 
 

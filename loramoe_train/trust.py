@@ -13,13 +13,15 @@ from typing import Any
 from loramoe_train.errors import ConfigError
 from loramoe_train.paths import CONFIGS
 
-# Keys that let further code run (what a module, a model's repository or a model has written) or say how that is
-# contained, each with the value that anybody may give.
+# Keys that let further code run (what a module, a model's repository or a model has written, lines of a job's script)
+# or say how that is contained, each with the value that anybody may give.
 TYPED_ONLY: dict[str, object] = {
     "trusted_modules": [],
     "model.trust_remote_code": False,
     "eval.allow_code_execution": False,
     "eval.sandbox": "auto",
+    "launcher.setup": [],
+    "launcher.additional_parameters": {},
 }
 HYDRA = re.compile(r"\bhydra\b")
 
@@ -39,14 +41,18 @@ def is_typed(key: str, overrides: Sequence[str]) -> bool:
 def refuse_untyped(values: Mapping[str, Any], overrides: Sequence[str]) -> None:
     """Raise ConfigError where a config file, and not the command line, sets one of TYPED_ONLY."""
     for key, harmless in TYPED_ONLY.items():
-        if value_at(values, key) not in (None, harmless) and not is_typed(key, overrides):
+        value = value_at(values, key)
+        each = isinstance(value, Mapping) and all(is_typed(f"{key}.{name}", overrides) for name in value)
+        if value not in (None, harmless) and not each and not is_typed(key, overrides):
             raise ConfigError(
                 f"{key} may only be set on the command line: a file must not widen what it may run; if you trust it,"
-                f" add {key}={_typed(value_at(values, key))}"
+                f" add {key}={_typed(value)}"
             )
 
 
 def _typed(value: Any) -> str:
+    if isinstance(value, Mapping):
+        return f"{{{','.join(f'{name}: {entry}' for name, entry in value.items())}}}"
     return f"[{','.join(map(str, value))}]" if isinstance(value, list) else str(value).lower()
 
 

@@ -196,9 +196,11 @@ def test_a_multirun_makes_two_folders(tmp_path):
     done = run_forked("train", *MIXER, NO_EVAL, "trainer.max_steps=2", "--multirun", "seed=0,1", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     (sweep,) = (tmp_path / "multirun").iterdir()
-    runs = sorted(path for path in sweep.iterdir() if path.is_dir())
+    runs = [sweep / "0", sweep / "1"]
     assert [results(run)["seed"] for run in runs] == [0, 1] and not same_bytes(*runs)
+    assert [results(run)["recipe"] for run in runs] == ["lora_mixer"] * 2
     assert sorted(path.name for path in tmp_path.iterdir()) == ["multirun"]
+    assert sorted(path.name for path in sweep.iterdir()) == [".sweep", "0", "1", "sweep.json"]
 
 
 # -- methods, models, options ------------------------------------------------------------------------------------------

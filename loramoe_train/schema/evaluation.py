@@ -1,4 +1,4 @@
-"""Groups `eval` and `launcher`."""
+"""Group `eval`."""
 
 from typing import Literal
 
@@ -39,9 +39,3 @@ class EvalConfig(Strict):
     # how it is contained; auto: the strongest that works, never user, in which code can read what its user can read
     sandbox: Literal["auto", "bubblewrap", "namespaces", "seccomp", "user"] = "auto"
     code: CodeConfig = Field(default_factory=CodeConfig)
-
-
-class LauncherConfig(Strict):
-    """Where a run is started. `configs/launcher/*.yaml` also choose Hydra's own launcher."""
-
-    name: Literal["local", "slurm"] = "local"

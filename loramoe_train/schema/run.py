@@ -7,8 +7,9 @@ from pydantic import BaseModel, Field
 
 from loramoe_train.schema.base import Strict
 from loramoe_train.schema.data import DataConfig
-from loramoe_train.schema.evaluation import EvalConfig, LauncherConfig
+from loramoe_train.schema.evaluation import EvalConfig
 from loramoe_train.schema.experts import AuxLossConfig, ExpertsConfig, RouterConfig
+from loramoe_train.schema.launcher import LauncherConfig
 from loramoe_train.schema.model import ModelConfig, SuggestConfig
 from loramoe_train.schema.trainer import TrainerConfig
 

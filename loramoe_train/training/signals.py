@@ -48,6 +48,7 @@ class StopSignals:
         self.received: signal.Signals | None = None
         self._on_interrupt = on_interrupt  # tells the user, once, that Ctrl-C was heard
         self._interrupted = False
+        self._heard: set[int] = set()
         self._previous: dict[signal.Signals, Any] = {}
 
     def __enter__(self) -> "StopSignals":
@@ -69,9 +70,14 @@ class StopSignals:
             self._interrupted = True
             self._on_interrupt()
         self.received = self.received or signal.Signals(number)
+        self._heard.add(number)
 
     def chain(self) -> None:
-        """Hand a SIGUSR2 on to whoever listened before us. Call it once the checkpoint is on the disk."""
-        handler = self._previous.get(signal.SIGUSR2)
-        if self.received == signal.SIGUSR2 and callable(handler) and handler is not _terminate:
-            handler(int(signal.SIGUSR2), None)
+        """Hand SIGUSR1 and 2 on to whoever listened before us. Call it once the checkpoint is on the disk.
+
+        Another signal may have come first: a scheduler that preempts sends SIGTERM too.
+        """
+        for number in (signal.SIGUSR1, signal.SIGUSR2):
+            handler = self._previous.get(number)
+            if number in self._heard and callable(handler) and handler is not _terminate:
+                handler(int(number), None)

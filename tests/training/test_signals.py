@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from loramoe_train.training.checkpoint import find_latest
+from loramoe_train.training.signals import StopSignals
 from tests.training.processes import read_until, run_worker, start_worker
 
 pytestmark = pytest.mark.slow
@@ -55,3 +56,19 @@ def test_a_second_ctrl_c(tmp_path: Path) -> None:
     worker.send_signal(signal.SIGINT)
     _, errors = worker.communicate(timeout=30)
     assert worker.returncode == 130 and "stopped at once by Ctrl-C" in errors and "Traceback" not in errors
+
+
+@pytest.mark.parametrize("first", [signal.SIGTERM, signal.SIGUSR2])
+def test_whoever_listened_is_told_whatever_came_first(first: int) -> None:
+    """A scheduler that preempts may send SIGTERM before the signal that queues the job again."""
+    told: list[int] = []
+    before = signal.signal(signal.SIGUSR2, lambda number, frame: told.append(number))
+    try:
+        with StopSignals() as signals:
+            for number in (first, signal.SIGTERM, signal.SIGUSR2):
+                signal.raise_signal(number)
+            assert not told and signals.received == first
+            signals.chain()
+    finally:
+        signal.signal(signal.SIGUSR2, before)
+    assert told == [signal.SIGUSR2]

@@ -1,0 +1,125 @@
+"""One run of a sweep, in the process or processes that were started for it.
+
+submitit has a handler for SIGUSR2, which queues the job again and ends the process without asking anybody to save. The
+training loop puts its own in that place, saves at the next step and then calls submitit's (training/signals.py); here
+only what submitit says when it will not queue again becomes one line of ours. The next start reads the same config and
+goes on from the newest checkpoint of its own folder.
+"""
+
+import logging
+import os
+import signal
+import sys
+import time
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+from loramoe_train.cli import _guard
+from loramoe_train.errors import DataError, MissingFileError, SavedOnSignal
+from loramoe_train.rundir import RESULTS
+from loramoe_train.sweeps.sweep import read_sweep
+from loramoe_train.training.signals import ignore_signals
+
+REQUEUE_WAIT = 60  # seconds that the other ranks give rank 0 to queue the job again: scontrol's own limit in submitit
+
+
+class SweepJob:
+    """What submitit calls in every process of a job, and what it queues again."""
+
+    def __call__(self, root: str, number: int) -> None:
+        from submitit import JobEnvironment
+        from submitit.helpers import TorchDistributedEnvironment
+
+        environment = JobEnvironment()
+        if environment.num_tasks > 1:
+            # the devices stay as the scheduler gave them; accelerate takes the one of the local rank
+            TorchDistributedEnvironment().export(set_cuda_visible_devices=False, overwrite=True)
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)  # submitit ignores it; a run must save, or end
+        told = _in_our_words()
+        try:
+            run_one(Path(root), number)
+        except SystemExit:
+            if environment.global_rank > 0 and told:
+                # a cluster may end a job with its first process, and rank 0 has not queued it again yet
+                signal.signal(signal.SIGTERM, signal.SIG_DFL)
+                time.sleep(REQUEUE_WAIT)
+            ignore_signals()  # SLURM's SIGTERM for a job that it queues again finds it leaving
+            raise
+
+    def checkpoint(self, root: str, number: int) -> Any:
+        """The same again: the run's folder holds the rest."""
+        from submitit.helpers import DelayedSubmission
+
+        return DelayedSubmission(self, root, number)
+
+
+def _in_our_words() -> list[int]:
+    """Lay a handler over submitit's that calls it; returns a list that is not empty once it was called."""
+    from submitit.core.utils import UncompletedJobError
+
+    told: list[int] = []
+
+    def wrap(number: signal.Signals) -> None:
+        theirs = signal.getsignal(number)
+        if not callable(theirs):
+            return
+
+        def ours(received: int, frame: FrameType | None) -> None:
+            told.append(received)
+            try:
+                theirs(received, frame)
+            except UncompletedJobError as error:
+                reason = str(error).removeprefix("Job not requeued because: ").rstrip(".")
+                raise SavedOnSignal(
+                    f"stopped by {signal.Signals(received).name} and not queued again: {reason}; give a larger"
+                    " launcher.timeout_min or launcher.max_num_timeout to loramoe-sweep retry-failed, which goes on"
+                ) from None
+
+        signal.signal(number, ours)
+
+    for number in (signal.SIGUSR1, signal.SIGUSR2):
+        wrap(number)
+    return told
+
+
+def run_one(root: Path, number: int) -> None:
+    """Train run `number` of the sweep in `root`, or go on with it. Exits as `loramoe-train` does."""
+    logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
+
+    def job() -> None:
+        sweep = read_sweep(root.absolute())
+        run = sweep.runs[number]
+        if not Path(sweep.cwd).is_dir():
+            raise MissingFileError(f"{sweep.cwd}, where the sweep was started, is not there on this machine")
+        os.chdir(sweep.cwd)
+        folder = sweep.folder(run)
+        if _has_results(folder):
+            print(f"{folder} has its results already", file=sys.stderr)
+            return
+        config = sweep.config(run)
+        sys.argv[:] = ["loramoe-train", *run.overrides, f"run_dir={folder}", "resume=auto"]  # told in results.json
+        from loramoe_train.rundir import check_places
+        from loramoe_train.settle import settle
+
+        check_places(config)  # both before torch is imported
+        settled = settle(config)
+        from loramoe_train.run import train_run
+
+        train_run(config, settled)
+
+    _guard(job)
+
+
+def _has_results(folder: Path) -> bool:
+    from loramoe_train.evaluation.results import read_results
+
+    try:
+        read_results(folder / RESULTS)
+    except (MissingFileError, DataError):
+        return False
+    return True
+
+
+if __name__ == "__main__":
+    run_one(Path(sys.argv[1]), int(sys.argv[2]))

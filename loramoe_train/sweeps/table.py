@@ -1,0 +1,155 @@
+"""The scores of a sweep's runs side by side, from their results.json alone. No torch in here.
+
+Rows are runs, or groups of runs that differ in one key only (`over=seed`), as mean ± standard deviation. Scores are
+compared only where they were made alike: same task definition, number of documents, few-shot examples, same libraries.
+"""
+
+import csv
+import io
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from loramoe_train.errors import ConfigError, nearest
+from loramoe_train.sweeps.status import DONE, RunStatus
+from loramoe_train.sweeps.sweep import Sweep
+
+SIDES = ("tuned", "base", "difference")
+# of a benchmark's entry in results.json, and of its versions: what must be the same for two scores to be compared
+MADE_WITH = ("metric", "n", "num_fewshot", "fewshot_seed", "version")
+LIBRARIES = ("lm_eval", "loramoe_train", "transformers")
+MEAN, LOSS = "mean", "eval loss"
+
+
+@dataclass(frozen=True)
+class Table:
+    """Plain data: `columns` are headings, `rows` texts; `notes` stand below."""
+
+    columns: tuple[str, ...]
+    rows: tuple[tuple[str, ...], ...]
+    notes: tuple[str, ...]
+
+
+def make_table(
+    sweep: Sweep, found: Sequence[RunStatus], *, side: str = "tuned", over: str | None = None, mark: bool = False
+) -> Table:
+    """Scores in per cent, one row a run.
+
+    Args:
+        side: which number of a benchmark: tuned, base or difference.
+        over: a varying key; runs that agree in all others make one row.
+        mark: show scores that were made otherwise than most, with a star, instead of refusing them.
+
+    Raises:
+        ConfigError: an unknown `over`, or scores that cannot be compared.
+    """
+    varying = sweep.varying()
+    if over is not None and over not in varying:
+        raise ConfigError(f"over={over} is no key that varies in {sweep.root}{nearest(over, varying)}")
+    names = tuple(dict.fromkeys(name for each in found for name in each.results.get("scores", {})))
+    odd = _made_otherwise(sweep, found, names)
+    if odd and not mark:
+        raise ConfigError(f"{next(iter(odd.values()))}; mixed=mark shows the table all the same, with a star there")
+    keys = tuple(key for key in varying if key != over)
+    groups: dict[tuple[str, ...], list[RunStatus]] = {}
+    for each in found:
+        values = sweep.values(each.run)
+        label = tuple(values.get(key, "") for key in keys)
+        groups.setdefault(label if over else (str(each.run.number), *label), []).append(each)
+    measures = (*names, *((MEAN,) if len(names) > 1 else ()), LOSS)
+    rows = [
+        (*label, *(_cell(members, measure, side, names, odd) for measure in measures))
+        for label, members in groups.items()
+    ]
+    notes = [f"{sweep.label(e.run)} {e.state}{f': {e.why}' if e.why else ''}" for e in found if e.state != DONE]
+    notes += [f"* {text}" for text in dict.fromkeys(odd.values())]
+    head = keys if over else ("run", *keys)
+    return Table((*head, *measures), tuple(rows), tuple(notes))
+
+
+def _number(results: Mapping[str, Any], measure: str, side: str, names: Sequence[str]) -> float | None:
+    """Scores in per cent, the loss in nats; None where the run has none."""
+    if measure == LOSS:
+        stages = results.get("training", {}).get("stages") or [{}]
+        return stages[-1].get("eval_loss")
+    if measure == MEAN:
+        values = [_number(results, name, side, names) for name in names]
+        return None if None in values else sum(values) / len(values)  # type: ignore[arg-type]
+    value = results.get("scores", {}).get(measure, {}).get(side)
+    return None if value is None else 100 * value
+
+
+def _cell(
+    members: Sequence[RunStatus], measure: str, side: str, names: Sequence[str], odd: Mapping[tuple[int, str], str]
+) -> str:
+    """One number, or mean ± deviation; a missing one says why it is missing."""
+    numbers = [_number(each.results, measure, side, names) for each in members]
+    have = [number for number in numbers if number is not None]
+    digits = 4 if measure == LOSS else 1
+    star = "*" if any((each.run.number, measure) in odd for each in members) else ""
+    if not have:
+        states = {each.state for each in members if each.state != DONE}
+        return "/".join(sorted(states)) if states else "-"
+    text = f"{sum(have) / len(have):.{digits}f}"
+    if len(members) > 1:
+        text += f" ± {_deviation(have):.{digits}f}" if len(have) > 1 else ""
+        text += f" ({len(have)} of {len(members)})" if len(have) < len(members) else ""
+    return text + star
+
+
+def _deviation(values: Sequence[float]) -> float:
+    mean = sum(values) / len(values)
+    return math.sqrt(sum((value - mean) ** 2 for value in values) / (len(values) - 1))
+
+
+def _made_otherwise(sweep: Sweep, found: Sequence[RunStatus], names: Iterable[str]) -> dict[tuple[int, str], str]:
+    """(run number, benchmark) -> what is other there than in most runs."""
+    odd: dict[tuple[int, str], str] = {}
+    for name in names:
+        made = {}
+        for each in found:
+            entry = each.results.get("scores", {}).get(name)
+            if entry is not None:
+                versions = each.results.get("versions") or {}
+                libraries = {f"version of {key}": versions.get(key) for key in LIBRARIES}
+                made[each.run.number] = {**{key: entry.get(key) for key in MADE_WITH}, **libraries}
+        if not made:
+            continue
+        rows = list(made.values())
+        usual = max(rows, key=rows.count)
+        first = next(number for number, row in made.items() if row == usual)
+        for number, row in made.items():
+            for key in row:
+                if row[key] != usual[key]:
+                    odd[number, name] = (
+                        f"{name} cannot be compared: {key} is {row[key]} in {sweep.label(sweep.runs[number])} and"
+                        f" {usual[key]} in {sweep.label(sweep.runs[first])}"
+                    )
+                    break
+    return odd
+
+
+def as_markdown(table: Table) -> str:
+    """A pipe table, and the notes below it."""
+
+    def line(cells: Sequence[str]) -> str:
+        return f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in cells)} |"
+
+    parts = [line(table.columns), line(["---"] * len(table.columns)), *map(line, table.rows)]
+    return "\n".join([*parts, *(["", *table.notes] if table.notes else [])])
+
+
+def as_csv(sweep: Sweep, found: Sequence[RunStatus]) -> str:
+    """Every run and every number as it is stored, for other programs; an empty cell is a number that is not there."""
+    names = list(dict.fromkeys(name for each in found for name in each.results.get("scores", {})))
+    out = io.StringIO()
+    writer = csv.writer(out, lineterminator="\n")
+    varying = sweep.varying()
+    writer.writerow(["run", *varying, "state", *(f"{name} {side}" for name in names for side in SIDES), LOSS])
+    for each in found:
+        values, scores = sweep.values(each.run), each.results.get("scores", {})
+        cells = [scores.get(name, {}).get(side) for name in names for side in SIDES]
+        loss = _number(each.results, LOSS, "tuned", names)
+        writer.writerow([each.run.number, *(values.get(key) for key in varying), each.state, *cells, loss])
+    return out.getvalue().rstrip("\n")

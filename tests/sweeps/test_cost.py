@@ -1,0 +1,43 @@
+"""`loramoe-plan --multirun`: a sweep's cost is the sum of its runs'."""
+
+import re
+from pathlib import Path
+
+from loramoe_train.planning import make_counts
+from loramoe_train.sweeps.cost import cost_of
+from tests.composing import composed
+from tests.forks import run_forked
+
+
+def test_a_run_by_hand() -> None:
+    config = composed("+recipe=mola", "trainer.max_steps=7", "trainer.batch_size=4", "trainer.keep=3")
+    cost, (counts, *_) = cost_of(config), make_counts(config)
+    weights = 4 * (counts.experts + counts.routers)
+    assert cost.steps == 7 and cost.tokens > 7 * 4
+    assert cost.checkpoint == weights + 8 * counts.trained  # AdamW's two moments
+    assert cost.on_disk == (3 + 1) * cost.checkpoint + 2 * weights
+    assert cost.memory > 4 * counts.base + weights
+
+
+def test_the_command_adds_up(tmp_path: Path) -> None:
+    given = ("+recipe=mola", "experts.layout=2468,8642", "seed=0,1", "trainer.max_steps=5")
+    done = run_forked("plan", "--multirun", *given, "+plan.tokens_per_second=100", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert not list(tmp_path.iterdir())
+    rows = [[cell.strip() for cell in re.split("[│┃]", line)[1:-1]] for line in done.stdout.splitlines()]
+    rows = [row for row in rows if row]
+    head, *runs, total = rows
+    assert head[:4] == ["run", "experts.layout", "seed", "steps"] and len(runs) == 4 and total[0] == "all"
+    for name in ("steps", "tokens", "MiB on disk"):
+        at = head.index(name)
+        numbers = [float(row[at].replace(",", "")) for row in runs]
+        # cells are rounded
+        assert abs(float(total[at].replace(",", "")) - sum(numbers)) <= 2.5 and min(numbers) > 0, name
+    tokens, hours = (float(total[head.index(name)].replace(",", "")) for name in ("tokens", "hours"))
+    assert abs(hours - tokens / 100 / 3600) < 0.01
+    assert "1 process a run" in done.stdout
+
+
+def test_without_the_data_the_rest_is_told() -> None:
+    cost = cost_of(composed("+recipe=mola", "data=mola_six"))
+    assert cost.steps is None and cost.tokens is None and cost.memory > cost.checkpoint > 0
