@@ -255,7 +255,8 @@ def test_lines_of_a_job_are_typed_or_refused(tmp_path: Path) -> None:
     (tmp_path / "mine" / "launcher").mkdir(parents=True)
     (tmp_path / "mine" / "launcher" / "theirs.yaml").write_text("name: local\nsetup: [touch marker]\n")
     given = ("--multirun", "--config-dir", "mine", "launcher=theirs", "seed=0,1", "run_dir=sweep")
-    done = run_forked("train", *given, cwd=tmp_path)
+    # the last key is refused as well, but later: whoever lets the file pass shall not train
+    done = run_forked("train", *given, "trainer.lr=-1", cwd=tmp_path)
     check_refused(done, 2, "launcher.setup may only be set on the command line", "launcher.setup=[touch marker]")
     sweep, configs = checked(seeds(tmp_path / "theirs"), {**LOCAL, "setup": ["touch marker"]})
     create(sweep, configs)
