@@ -51,6 +51,10 @@ def train() -> None:
 
 
 def _train(config: RunConfig, extra: dict[str, Any]) -> None:
+    if config.launcher.name == "slurm":
+        raise ConfigError(
+            "launcher=slurm starts the runs of a sweep; add --multirun, for one run too, or leave it out to train here"
+        )
     from loramoe_train.rundir import check_places
     from loramoe_train.settle import settle
 

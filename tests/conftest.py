@@ -38,7 +38,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 # with the longest tests: one that begins last leaves the other processes idle
-LONG_FILES = ("test_readme.py", "test_end_to_end.py", "test_recipes.py", "test_compiled.py")
+LONG_FILES = ("test_on_slurm.py", "test_readme.py", "test_end_to_end.py", "test_recipes.py", "test_compiled.py")
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:

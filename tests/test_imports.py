@@ -63,7 +63,10 @@ def test_only_one_file_knows_the_harness():
     assert {p.parent.name for p in users} <= {"evaluation", "tasks"}
 
 
-@pytest.mark.parametrize("module", ["cli", "validation", "settle", "training.stages", "data.definitions", "parts"])
+@pytest.mark.parametrize(
+    "module",
+    ["cli", "validation", "settle", "training.stages", "data.definitions", "parts", "sweeps.command", "sweeps.job"],
+)
 def test_what_answers_at_once_stays_light(module):
     code = f"import sys, loramoe_train.{module}; print(sorted({HEAVY!r} & set(sys.modules)))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

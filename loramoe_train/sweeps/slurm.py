@@ -76,11 +76,12 @@ def submit(sweep: Sweep, numbers: Sequence[int]) -> dict[int, Job]:
     from submitit.helpers import clean_env, environment_variables
 
     launcher, root = LauncherConfig(**sweep.parameters), sweep.root.absolute()
+    if "%" in str(root) or not str(root).isprintable():
+        raise ConfigError(f"run_dir={root}: SLURM reads % in the name of a log as a job's number; give another folder")
+    name, most = re.sub(r"[^\w.-]", "_", f"loramoe-{root.name}"), launcher.max_num_timeout
     try:
-        executor = submitit.AutoExecutor(
-            folder=root / INNER / "%j", cluster="slurm", slurm_max_num_timeout=launcher.max_num_timeout
-        )
-        executor.update_parameters(name=f"loramoe-{root.name}", **parameters(launcher))
+        executor = submitit.AutoExecutor(folder=root / INNER / "%j", cluster="slurm", slurm_max_num_timeout=most)
+        executor.update_parameters(name=name, **parameters(launcher))
         kept = {k: v for k, v in os.environ.items() if k == "SLURM_CONF" or k.startswith("SBATCH_")}  # the user's own
         with clean_env(), environment_variables(**kept):  # without those of a job that this command may run in itself
             jobs = executor.map_array(SweepJob(), [str(root)] * len(numbers), list(numbers))
@@ -92,10 +93,15 @@ def submit(sweep: Sweep, numbers: Sequence[int]) -> dict[int, Job]:
     return {n: Job(i, f"{INNER}/{i}/{i}_0_log.err") for n, i in zip(numbers, ids, strict=True)}
 
 
+def cancel(jobs: Iterable[Job]) -> None:
+    """Ask SLURM to forget jobs; what it says does not matter any more."""
+    _ask("scancel", *sorted({job.id.partition("_")[0] for job in jobs}), failing="")
+
+
 def _reason(error: BaseException) -> str:
     """sbatch's own words, which stand in the middle of what submitit says."""
     lines = re.findall(r"sbatch: error: (.+)", str(error))
-    return printable("; ".join(dict.fromkeys(lines)) or str(error).strip().splitlines()[-1])
+    return printable("; ".join(dict.fromkeys(lines)) or (str(error).strip() or type(error).__name__).splitlines()[-1])
 
 
 def _hint(error: BaseException, launcher: LauncherConfig) -> str:
@@ -103,7 +109,7 @@ def _hint(error: BaseException, launcher: LauncherConfig) -> str:
         return f" (launcher.gpus_per_node={launcher.gpus_per_node}; 0 asks for none)"
     if "partition" not in str(error) or launcher.partition is None:
         return ""
-    known = {name.rstrip("*") for name in _ask("sinfo", "--noheader", "--format=%P").split()}
+    known = {name.rstrip("*") for name in _ask("sinfo", "--noheader", "--format=%P", failing="").split()}
     return f" (launcher.partition={launcher.partition}{nearest(launcher.partition, known)})"
 
 

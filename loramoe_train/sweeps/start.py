@@ -6,7 +6,7 @@ from typing import Any
 
 from loramoe_train.errors import ConfigError, LoramoeError, SweepFailed
 from loramoe_train.sweeps.pool import at_once, devices, jobs_for, run_pool, start_in_background
-from loramoe_train.sweeps.slurm import check_slurm, merged, submit
+from loramoe_train.sweeps.slurm import cancel, check_slurm, merged, submit
 from loramoe_train.sweeps.status import DONE, FAILED, RunStatus, look, summary
 from loramoe_train.sweeps.sweep import Composed, Sweep, alone_with, checked, create, discard, read_sweep
 
@@ -55,7 +55,12 @@ def _begin(sweep: Sweep, numbers: Sequence[int], *, wait: bool, say: Say) -> Swe
     """Start runs and record their jobs. Local runs have ended afterwards, with `wait`."""
     if sweep.launcher == "slurm":
         with alone_with(sweep):
-            sweep = sweep.with_jobs(submit(sweep, numbers))
+            jobs = submit(sweep, numbers)
+            try:
+                sweep = sweep.with_jobs(jobs)
+            except LoramoeError:  # a full disk; nobody would know of them
+                cancel(jobs.values())
+                raise
         ids = sorted({run.jobs[-1].id.partition("_")[0] for run in sweep.runs if run.number in numbers})
         say(f"sweep {sweep.root}: {len(numbers)} runs submitted as job {', '.join(ids)}")
         return sweep

@@ -10,6 +10,7 @@ Jobs read their config here and compose nothing: what changes in config files me
 
 import fcntl
 import os
+import re
 import shutil
 import sys
 from collections.abc import Iterator, Sequence
@@ -237,7 +238,7 @@ def read_sweep(root: Path) -> Sweep:
                 _below(run["folder"]),
                 tuple(map(str, run["overrides"])),
                 run["recipe"],
-                tuple(Job(str(job["id"]), _below(job["log"])) for job in run["jobs"]),
+                tuple(Job(_job_id(job["id"]), _below(job["log"])) for job in run["jobs"]),
             )
             for run in content["runs"]
         )
@@ -248,6 +249,12 @@ def read_sweep(root: Path) -> Sweep:
     except (KeyError, TypeError, ValueError) as error:
         reason = f"it has no {error}" if isinstance(error, KeyError) else str(error)
         raise DataError(f"{root / SWEEP} is not the record of a sweep: {reason}") from error
+
+
+def _job_id(text: Any) -> str:
+    if not re.fullmatch(r"(local-)?\d+(_\d+)?", str(text)):
+        raise ValueError(f"{text} is no job")
+    return str(text)
 
 
 def _below(place: Any) -> str:

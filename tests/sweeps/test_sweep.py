@@ -1,8 +1,10 @@
 """The folder of a sweep: what is refused before anything is written, and what stands in it afterwards."""
 
 import json
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -12,14 +14,16 @@ from loramoe_train.errors import ConfigError, LoramoeError
 from loramoe_train.paths import CONFIGS
 from loramoe_train.rundir import claim
 from loramoe_train.schema.launcher import LauncherConfig
-from loramoe_train.sweeps.status import FAILED, RUNNING, last_error, last_step, look
+from loramoe_train.sweeps.status import DONE, FAILED, RUNNING, last_error, last_step, look
 from loramoe_train.sweeps.sweep import checked, create, discard, read_sweep
 from loramoe_train.validation import validate
-from tests.cli import check_refused
+from tests.cli import NO_EVAL, SMALL, check_refused, losses, run_cli, same_bytes
 from tests.composing import composed
-from tests.forks import run_forked
+from tests.forks import ROOT, Forked, run_forked
+from tests.forks import command as in_command
 from tests.sweeps.made import combination, finished, results, seeds
 
+RUN = {"number": 0, "folder": "0", "overrides": [], "recipe": None, "jobs": []}
 LOCAL = LauncherConfig().model_dump()
 
 
@@ -90,8 +94,9 @@ def test_what_is_written_is_what_is_read(tmp_path: Path) -> None:
     [
         ({"runs": []}, "not numbered from 0"),
         ({"schema": 9}, "has schema 9; this version reads 1"),
-        ({"runs": [{"number": 0, "folder": "../../x", "overrides": [], "recipe": None, "jobs": []}]}, "leads out of"),
+        ({"runs": [{**RUN, "folder": "../../x"}]}, "leads out of"),
         ({"runs": [{"number": 0}]}, "it has no 'folder'"),
+        ({"runs": [{**RUN, "jobs": [{"id": "--help", "log": "x"}]}]}, "--help is no job"),
         ({"parameters": {"partition": "a\nb"}}, "partition"),
         (None, "is not JSON"),
     ],
@@ -207,6 +212,14 @@ def test_a_sweep_that_cannot_start_leaves_nothing(arguments: list[str], words: l
     assert not list(tmp_path.iterdir())
 
 
+def test_slurm_for_one_run(tmp_path: Path) -> None:
+    """It would run here, on the login node."""
+    pytest.importorskip("hydra_plugins.hydra_submitit_launcher")
+    done = run_forked("train", "launcher=slurm", "run_dir=run", cwd=tmp_path)
+    check_refused(done, 2, "launcher=slurm starts the runs of a sweep; add --multirun")
+    assert not list(tmp_path.iterdir())
+
+
 def test_no_sweep_from_several_processes(tmp_path: Path) -> None:
     done = run_forked("train", "--multirun", "seed=0,1", cwd=tmp_path, WORLD_SIZE="2")
     check_refused(done, 2, "--multirun under a launcher of several processes", "launcher.tasks_per_node")
@@ -242,7 +255,8 @@ def test_lines_of_a_job_are_typed_or_refused(tmp_path: Path) -> None:
     (tmp_path / "mine" / "launcher").mkdir(parents=True)
     (tmp_path / "mine" / "launcher" / "theirs.yaml").write_text("name: local\nsetup: [touch marker]\n")
     given = ("--multirun", "--config-dir", "mine", "launcher=theirs", "seed=0,1", "run_dir=sweep")
-    done = run_forked("train", *given, cwd=tmp_path)
+    # the last key is refused as well, but later: whoever lets the file pass shall not train
+    done = run_forked("train", *given, "trainer.lr=-1", cwd=tmp_path)
     check_refused(done, 2, "launcher.setup may only be set on the command line", "launcher.setup=[touch marker]")
     sweep, configs = checked(seeds(tmp_path / "theirs"), {**LOCAL, "setup": ["touch marker"]})
     create(sweep, configs)
@@ -265,3 +279,38 @@ def test_a_finished_run_is_left_alone(tmp_path: Path) -> None:
     with command_in_this_process():
         run_one(tmp_path / "sweep", 1)
     assert path.read_bytes() == before and len(list(path.parent.iterdir())) == 1
+
+
+@pytest.mark.nightly
+def test_a_pool_that_is_told_to_stop(tmp_path: Path) -> None:
+    """Its runs save; started again, in the background, they end where a run that nobody touched does."""
+    run = ("+recipe=mola", *SMALL, NO_EVAL, "data.tasks=[tiny_grammar,tiny_sentiment]", "trainer.max_steps=60")
+    given = ("train", ("--multirun", *run, "seed=0,1", "launcher.array_parallelism=2", "run_dir=sweep"))
+    logs = [tmp_path / "sweep" / number / "metrics.jsonl" for number in "01"]
+    with Forked(tmp_path / "said", in_command, *given, cwd=tmp_path, OMP_NUM_THREADS="1", PYTHONPATH=str(ROOT)) as pool:
+        pool.wait_until(lambda: all(log.is_file() and '"train"' in log.read_text() for log in logs))
+        pool.send(signal.SIGTERM)
+        assert pool.wait() == 75 and "stopped by SIGTERM; loramoe-sweep retry-failed sweep goes on" in pool.stderr
+    assert all(each.why.startswith("stopped by SIGTERM after step") for each in look(read_sweep(tmp_path / "sweep")))
+    again = run_cli("sweep", "retry-failed", "sweep", cwd=tmp_path)
+    assert again.returncode == 0, again.stderr
+    deadline = time.monotonic() + 300
+    while any(each.state != DONE for each in look(read_sweep(tmp_path / "sweep"))):
+        assert time.monotonic() < deadline
+        time.sleep(0.5)
+    for seed in (0, 1):
+        whole = run_forked("train", *run, f"seed={seed}", f"run_dir=whole/{seed}", cwd=tmp_path)
+        assert whole.returncode == 0 and same_bytes(tmp_path / "whole" / str(seed), tmp_path / "sweep" / str(seed))
+
+
+@pytest.mark.nightly
+def test_two_processes_for_each_run(tmp_path: Path) -> None:
+    run = ("+recipe=mola", *SMALL, NO_EVAL, "data.tasks=[tiny_grammar,tiny_sentiment]", "trainer.max_steps=2")
+    more = ("launcher.tasks_per_node=2", "run_dir=sweep")
+    done = run_cli("train", "--multirun", *run, "seed=0", *more, cwd=tmp_path, ACCELERATE_USE_CPU="true")
+    assert done.returncode == 0, done.stderr
+    one = run_forked("train", *run, "seed=0", "run_dir=one", cwd=tmp_path)
+    assert one.returncode == 0, one.stderr
+    ours, theirs = losses(tmp_path / "sweep" / "0"), losses(tmp_path / "one")
+    assert len(ours) == 2 and ours == pytest.approx(theirs, rel=1e-4)  # float32 sums in another order
+    assert not same_bytes(tmp_path / "sweep" / "0", tmp_path / "one")
