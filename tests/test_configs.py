@@ -25,6 +25,8 @@ def test_every_recipe_composes_with_every_kind_of_model(recipe):
 
 @pytest.mark.parametrize("option", OPTIONS)
 def test_every_option_composes(option):
+    if option == "launcher=slurm":
+        pytest.importorskip("hydra_plugins.hydra_submitit_launcher")
     extra = ["model.name=mine"] if option == "model=custom" else []
     config = composed(option, *extra)
     assert config.plain()

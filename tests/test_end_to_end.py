@@ -199,6 +199,9 @@ def test_a_multirun_makes_two_folders(tmp_path):
     runs = [sweep / "0", sweep / "1"]
     assert [results(run)["seed"] for run in runs] == [0, 1] and not same_bytes(*runs)
     assert [results(run)["recipe"] for run in runs] == ["lora_mixer"] * 2
+    alone = results(runs[1])["command"]  # which would train this run by itself
+    assert alone[:2] == ["loramoe-train", "+recipe=lora_mixer"] and alone[-1] == "resume=auto" and "seed=1" in alone
+    assert [text for text in alone if text.startswith("run_dir=")] == [f"run_dir={runs[1]}"]
     assert sorted(path.name for path in tmp_path.iterdir()) == ["multirun"]
     assert sorted(path.name for path in sweep.iterdir()) == [".sweep", "0", "1", "sweep.json"]
 

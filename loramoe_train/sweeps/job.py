@@ -18,7 +18,7 @@ from typing import Any
 from loramoe_train.cli import _guard
 from loramoe_train.errors import DataError, MissingFileError, SavedOnSignal
 from loramoe_train.rundir import RESULTS
-from loramoe_train.sweeps.sweep import read_sweep
+from loramoe_train.sweeps.sweep import Run, read_sweep
 from loramoe_train.training.signals import ignore_signals
 
 REQUEUE_WAIT = 60  # seconds that the other ranks give rank 0 to queue the job again: scontrol's own limit in submitit
@@ -98,7 +98,7 @@ def run_one(root: Path, number: int) -> None:
             print(f"{folder} has its results already", file=sys.stderr)
             return
         config = sweep.config(run)
-        sys.argv[:] = ["loramoe-train", *run.overrides, f"run_dir={folder}", "resume=auto"]  # told in results.json
+        sys.argv[:] = _as_one_run(run, folder)  # told in results.json
         from loramoe_train.rundir import check_places
         from loramoe_train.settle import settle
 
@@ -109,6 +109,13 @@ def run_one(root: Path, number: int) -> None:
         train_run(config, settled)
 
     _guard(job)
+
+
+def _as_one_run(run: Run, folder: Path) -> list[str]:
+    """The command that would train this run alone."""
+    keys = ((text, text.lstrip("+~").partition("=")[0]) for text in run.overrides)
+    own = [text for text, key in keys if key not in ("run_dir", "resume", "launcher") and key[:9] != "launcher."]
+    return ["loramoe-train", *own, f"run_dir={folder}", "resume=auto"]
 
 
 def _has_results(folder: Path) -> bool:
