@@ -333,7 +333,7 @@ def _manifest_facts(config: RunConfig, mixture: Mixture, identity: dict[str, Any
 def _made_with(config: RunConfig) -> dict[str, Any]:
     """What every number of the log carries."""
     return {
-        "config_hash": config_hash(_placeless(config)),
+        "config_hash": config_hash({key: value for key, value in _placeless(config).items() if key != "launcher"}),
         "seed": config.seed,
         "versions": versions(),
         "commit": commit(),

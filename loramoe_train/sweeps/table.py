@@ -14,10 +14,12 @@ from typing import Any
 from loramoe_train.errors import ConfigError, nearest
 from loramoe_train.sweeps.status import DONE, RunStatus
 from loramoe_train.sweeps.sweep import Sweep
+from loramoe_train.trust import value_at
 
 SIDES = ("tuned", "base", "difference")
 # of a benchmark's entry in results.json, and of its versions: what must be the same for two scores to be compared
 MADE_WITH = ("metric", "n", "num_fewshot", "fewshot_seed", "version")
+DECIDED_BY = {"the definition": "made_with.task.definition_sha256", "the data": "made_with.task.data"}
 LIBRARIES = ("lm_eval", "loramoe_train", "transformers")
 MEAN, LOSS = "mean", "eval loss"
 
@@ -113,7 +115,8 @@ def _made_otherwise(sweep: Sweep, found: Sequence[RunStatus], names: Iterable[st
             if entry is not None:
                 versions = each.results.get("versions") or {}
                 libraries = {f"version of {key}": versions.get(key) for key in LIBRARIES}
-                made[each.run.number] = {**{key: entry.get(key) for key in MADE_WITH}, **libraries}
+                decided = {key: value_at(entry, place) for key, place in DECIDED_BY.items()}
+                made[each.run.number] = {**{key: entry.get(key) for key in MADE_WITH}, **decided, **libraries}
         if not made:
             continue
         rows = list(made.values())

@@ -61,6 +61,7 @@ def test_csv_holds_what_is_stored(tmp_path: Path) -> None:
         ({"version": "2.0"}, "version is 2.0 in run 2"),
         ({"num_fewshot": 5}, "num_fewshot is 5 in run 2"),
         ({"metric": "exact_match,none"}, "metric is exact_match,none in run 2"),
+        ({"made_with": {"task": {"data": {"test": "ab12"}}}}, "the data is {'test': 'ab12'} in run 2"),
     ],
 )
 def test_scores_that_were_made_otherwise(change: dict, words: str, tmp_path: Path) -> None:
