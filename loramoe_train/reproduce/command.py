@@ -2,7 +2,7 @@
 
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -24,6 +24,7 @@ loramoe-reproduce NAME [scale=tiny|small|paper] [KEY=VALUE ...]
     format=text|markdown|latex|csv
     budget=none|equal|active ranks that give every method the parameters of the table's reference: of all that is added
                              to the base, or of what a token goes through
+    reference=METHOD         another method to compare with, and to take the budget from
     sweep=none|lr            five learning rates for every method; the best by validation loss is reported
     parameters=true          the paper's parameter counts, checked on models without weights; scale=paper does it anyway
     plot=FILE.png            the table as a picture (.pdf, .svg)
@@ -40,6 +41,7 @@ KNOWN: dict[str, Sequence[str] | None] = {
     "methods": None,
     "bases": None,
     "budget": ("none", "equal", "active"),
+    "reference": None,
     "sweep": ("none", "lr"),
     "parameters": BOOLS,
     "plot": None,
@@ -56,6 +58,7 @@ KNOWN: dict[str, Sequence[str] | None] = {
 @dataclass(frozen=True)
 class Options:
     name: str
+    scale: str
     values: Mapping[str, str]
     typed: tuple[str, ...]  # for the runs
 
@@ -64,10 +67,6 @@ class Options:
 
     def names(self, key: str) -> list[str] | None:
         return [part for part in self.values[key].strip("[]").split(",") if part] if key in self.values else None
-
-    @property
-    def scale(self) -> str:
-        return self.get("scale", "tiny")
 
     @property
     def seeds(self) -> list[int] | None:
@@ -81,7 +80,11 @@ class Options:
 
     @property
     def root(self) -> Path:
-        ways = [self.scale, *(self.get(key) for key in ("budget", "sweep") if self.get(key, "none") != "none")]
+        ways = [self.scale]
+        if self.get("budget", "none") != "none":
+            ways += [self.get("budget"), *filter(None, [self.get("reference")])]
+        if self.get("sweep", "none") != "none":
+            ways.append(self.get("sweep"))
         return Path(self.get("run_dir") or f"reproduce/{self.name}/{'-'.join(ways)}")
 
 
@@ -89,14 +92,12 @@ def parsed(arguments: Sequence[str]) -> Options:
     """Raises ConfigError for a name that is no table, or a value that an option does not take."""
     name, *rest = arguments
     if "=" in name or name.startswith("-"):
-        raise ConfigError(
-            f"loramoe-reproduce wants the name of a table first, got '{name}'{nearest('', tables.names())}"
-        )
+        raise ConfigError(f"loramoe-reproduce wants the name of a table first, got '{name}'")
     values, typed = {}, []
     for text in rest:
         key, equals, value = text.partition("=")
         if not equals:
-            raise ConfigError(f"'{text}' is no KEY=VALUE{nearest(key, KNOWN).split('; known')[0]}")
+            raise ConfigError(f"'{text}' is no KEY=VALUE")
         if key in ("seed", "recipe", "+recipe"):
             raise ConfigError(
                 f"{text}: the table says which; {'give seeds=0,1,2' if key == 'seed' else 'give methods=A,B'}"
@@ -108,7 +109,7 @@ def parsed(arguments: Sequence[str]) -> Options:
         if allowed is not None and value not in allowed:
             raise ConfigError(f"{text}: there is no such {key}{nearest(value, allowed)}")
         values[key] = value
-    return Options(name, values, tuple(typed))
+    return Options(name, values.get("scale", "tiny"), values, tuple(typed))
 
 
 def run(arguments: Sequence[str]) -> None:
@@ -119,10 +120,14 @@ def run(arguments: Sequence[str]) -> None:
     if not arguments:
         for name in tables.names():
             table = tables.load(name)
-            print(f"{name:<24}{table.paper}, {table.table} (scales {', '.join(table.scales)})")
+            runs = [scale for scale, entry in table.scales.items() if entry.columns]
+            print(f"{name:<24}{table.paper}, {table.table} ({', '.join(runs) or 'the numbers alone'})")
         return
     options = parsed(arguments)
-    reproduce(tables.load(options.name), options)
+    table = tables.load(options.name)
+    if "scale" not in options.values and "tiny" not in table.scales:
+        options = replace(options, scale="paper")  # the paper's numbers, of which nothing can be run
+    reproduce(table, options)
 
 
 def say(line: str) -> None:
@@ -135,18 +140,21 @@ def reproduce(table: PaperTable, options: Options) -> None:
     from loramoe_train.reproduce.plot import check_plot
     from loramoe_train.reproduce.runs import scale_of
 
-    scale_of(table, options.scale)
+    scale = scale_of(table, options.scale)
     if "plot" in options.values:
         check_plot(Path(options.values["plot"]))
     extra: list[tuple[str, list[str]]] = []
     problem = None
-    if options.get("run") != "false" or options.get("plan") == "true":
+    if not scale.columns:
+        say(f"nothing of {options.name} can be run at scale={options.scale}; its rows and columns say why")
+    elif options.get("run") != "false" or options.get("plan") == "true":
         runs, notes = _runs(table, options)
         extra += [(f"Ranks, budget={options.get('budget')}", notes)] if notes else []
         if options.get("plan") == "true":
             _plan(runs, options)
             return _print_sections(extra + _figures(table, options))
-        problem = complete(options.root, runs, wait={"true": True, "false": False}.get(options.get("wait")), say=say)
+        wait = {"true": True, "false": False}.get(options.get("wait"))
+        problem = complete(options.root, runs, wait=wait, say=say, typed=options.typed)
     elif options.typed:
         raise ConfigError(f"run=false starts no run, so {options.typed[0]} means nothing; leave it out")
     _show(table, options, find(options.root, say), extra)
@@ -164,8 +172,19 @@ def _runs(table: PaperTable, options: Options) -> tuple[list["Wanted"], list[str
     if budget != "none":
         from loramoe_train.reproduce.parameters import equal_budgets
 
-        runs, notes = equal_budgets(table, runs, budget)
+        runs, notes = equal_budgets(_beside(table, options), runs, budget)
     return (with_learning_rates(runs) if options.get("sweep") == "lr" else runs), notes
+
+
+def _beside(table: PaperTable, options: Options) -> PaperTable:
+    """The table with the reference that was asked for. Which runs score the base stays the shipped table's affair."""
+    if "reference" not in options.values:
+        return table
+    able = [name for name, method in table.methods.items() if method.recipe is not None]
+    if options.values["reference"] not in able:
+        wrong = options.values["reference"]
+        raise ConfigError(f"reference={wrong}: the table has no row of that name with runs{nearest(wrong, able)}")
+    return table.model_copy(update={"reference": options.values["reference"]})
 
 
 def _show(table: PaperTable, options: Options, found: list["Found"], extra: list[tuple[str, list[str]]]) -> None:
@@ -176,6 +195,7 @@ def _show(table: PaperTable, options: Options, found: list["Found"], extra: list
     if options.seeds is not None:
         found = [each for each in found if each.seed in options.seeds]
     rows = {"methods": options.names("methods"), "bases": options.names("bases")}
+    table = _beside(table, options)
     result = outcome(table, options.scale, found, mark=options.get("mixed") == "mark", **rows)
     if options.get("format") == "csv":
         print(show.as_csv(result))
@@ -186,7 +206,7 @@ def _show(table: PaperTable, options: Options, found: list["Found"], extra: list
                 f"Beside {table.methods[str(table.reference)].title if table.reference else ''} on {base}, in points"
             )
             extra += [(title, lines)] if lines else []
-        extra += _figures(table, options)
+        extra += [*_figures(table, options), ("Runs are below", [str(options.root)])]
         chosen = options.get("format", "text")
         if chosen == "text":
             show.as_text(result, extra)

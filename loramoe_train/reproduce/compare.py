@@ -76,8 +76,7 @@ def compare(outcome: Outcome, base: str) -> list[Compared]:
 
 
 def _over_documents(outcome: Outcome, own: Cell, other: Cell, seeds: list[int]) -> tuple[Paired | None, str]:
-    scale = next(scale for name, scale in outcome.table.scales.items() if name == outcome.scale)
-    place = scale.columns.get(own.column)
+    place = outcome.settings.columns.get(own.column)
     if place is None:
         return None, "a mean of columns: tested over seeds alone"
     try:

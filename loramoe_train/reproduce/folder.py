@@ -5,17 +5,24 @@
 A later call with more seeds or rows adds a sweep with what is missing; nothing that is there is written again.
 """
 
+import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
+from typing import Any
+
+import yaml
 
 from loramoe_train.errors import ConfigError, DataError, SweepFailed
 from loramoe_train.reproduce.runs import Wanted, same_run
+from loramoe_train.rundir import RESULTS, flatten
 from loramoe_train.sweeps.start import again, start
 from loramoe_train.sweeps.status import DONE, FAILED, RunStatus, look
-from loramoe_train.sweeps.sweep import Composed, Sweep, read_sweep
+from loramoe_train.sweeps.sweep import CONFIGS, INNER, Composed, Sweep, read_sweep
+from loramoe_train.trust import refuse_untyped
 
 Say = Callable[[str], None]
+VARIANT = re.compile(r"^lr-[0-9]+(\.[0-9]+)?(e[+-]?[0-9]+)?$")  # what a method's best run is chosen among
 # may differ between what a run was and what it would be now: where it is, how it reports and is started
 FREE = (
     "run_dir", "resume", "resume_changes", "offline", "launcher", "data.root", "model.path", "trainer.checkpoint_every",
@@ -53,6 +60,16 @@ class Found:
     def done(self) -> bool:
         return self.status.state == DONE
 
+    def training_data(self) -> dict[str, Any]:
+        """The group `data` of its config, flat, without the place of the files. Raises DataError."""
+        path = self.sweep.root / INNER / CONFIGS / f"{self.status.run.number}.yaml"
+        try:
+            # libyaml's loader, where it is there: hundreds of configs are read for a table
+            values = yaml.load(path.read_text(encoding="utf-8"), getattr(yaml, "CSafeLoader", yaml.SafeLoader))
+            return {key: value for key, value in flatten(values["data"], "data").items() if key != "data.root"}
+        except (OSError, ValueError, TypeError, KeyError, yaml.YAMLError, RecursionError) as error:
+            raise DataError(f"{path} is no config of a run: {str(error).splitlines()[0]}") from error
+
 
 def sweeps(root: Path) -> list[Sweep]:
     """Raises DataError for a folder that holds something else."""
@@ -77,22 +94,29 @@ def find(root: Path, note: Say = lambda line: None) -> list[Found]:
 
 def _placed(sweep: Sweep, status: RunStatus) -> Found:
     parts = PurePosixPath(status.run.folder).parts
-    if len(parts) not in (4, 5) or not parts[-1].isdigit():
+    if len(parts) not in (4, 5) or not parts[-1].isdigit() or (len(parts) == 5 and not VARIANT.match(parts[3])):
         raise DataError(f"{sweep.root} is no sweep of a table: its run {status.run.number} is in {status.run.folder}")
     return Found(*parts[:3], parts[3] if len(parts) == 5 else "", int(parts[-1]), sweep, status)
 
 
-def complete(root: Path, runs: Sequence[Wanted], *, wait: bool | None, say: Say) -> SweepFailed | None:
+def complete(
+    root: Path, runs: Sequence[Wanted], *, wait: bool | None, say: Say, typed: Sequence[str] = ()
+) -> SweepFailed | None:
     """Start what is missing, and once more what failed. Returns what is to be told after the table is shown.
 
-    `wait`: for the end of the runs; None: for local ones. Raises ConfigError, with nothing started, where a run that is
-    there was made otherwise than it would be now.
+    `wait`: for the end of the runs; None: for local ones. `typed`: what the command line says of the runs. Raises, with
+    nothing started, ConfigError where a run that is there was made otherwise than it would be now, and DataError where
+    its results are damaged.
     """
     there = {run.key: run for run in find(root, say)}
     for run in runs:
         if run.folder in there:
             _check_same(there[run.folder], run)
+            refuse_untyped({"launcher": there[run.folder].sweep.parameters}, typed)  # the folder may be somebody else's
     failed = [there[run.folder] for run in runs if run.folder in there and there[run.folder].status.state == FAILED]
+    for run in failed:
+        if (run.path / RESULTS).is_file():
+            raise DataError(f"{run.status.why}: remove that file, and the same command makes it again")
     missing = [run for run in runs if run.folder not in there]
     done = sum(run.folder in there and there[run.folder].done for run in runs)
     say(f"{len(runs)} runs: {done} done, {len(failed)} failed, {len(missing)} to start")

@@ -10,8 +10,8 @@ from typing import Any
 
 from loramoe_train.errors import ConfigError, shown
 from loramoe_train.reproduce.folder import Found
-from loramoe_train.reproduce.runs import chosen, same_run, scale_of
-from loramoe_train.reproduce.schema import Number, PaperTable, Scale
+from loramoe_train.reproduce.runs import chosen, scale_of
+from loramoe_train.reproduce.schema import Number, PaperTable, Place, Scale
 from loramoe_train.sweeps.table import LIBRARIES, MADE_WITH
 
 MEASURED, NOT_RUN, NOT_COMPARABLE = "measured here", "not run", "not comparable"
@@ -72,6 +72,10 @@ class Outcome:
     columns: tuple[str, ...]
     cells: Mapping[str, Mapping[str, tuple[Cell, ...]]]  # base -> method -> cells
     notes: tuple[str, ...] = ()
+
+    @property
+    def settings(self) -> Scale:
+        return scale_of(self.table, self.scale)
 
     def all(self) -> Iterable[Cell]:
         for rows in self.cells.values():
@@ -157,23 +161,19 @@ def _cell(
             if place and run.base == base and run.train == place.train and (row.base or run.method == method)
         ]
         side = "base" if row.base else "tuned"
-        scored = {run.seed: (run, score) for run in members if (score := _score(run, place, side)) is not None}
+        scored = {
+            run.seed: (run, score) for run in members if place and (score := _score(run, place, side)) is not None
+        }
         scores = {seed: score for seed, (_, score) in sorted(scored.items())}
         runs = tuple(run for run, _ in scored.values())
-        stars = (
-            [odd[key] for run in runs for key in ((run.id, ""), (run.id, place.benchmark)) if key in odd]
-            if place
-            else []
-        )
-        why = "" if scores else _why_not(row.absent, scale, base, method, place is not None, members)
+        about_run = [(run.id, name) for run in runs for name in ("", place.benchmark if place else "")]
+        stars = [odd[key] for key in about_run if key in odd]
+        why = "" if scores else row.absent or _why_not(scale, base, method, about.absent, place, members)
     if not scores:
         return Cell(base, method, column, NOT_RUN, why, **said)
-    reasons = (
-        scale.not_comparable,
-        about.not_comparable,
-        *(table.columns[name].not_comparable for name in about.mean_of),
-    )
-    reason = "; ".join(dict.fromkeys(filter(None, (reasons[0] or next(filter(None, reasons), None), part_only))))
+    columns = (about, *(table.columns[name] for name in about.mean_of))
+    first = scale.not_comparable or next((each.not_comparable for each in columns if each.not_comparable), None)
+    reason = "; ".join(filter(None, (first, part_only)))
     status = NOT_COMPARABLE if reason else MEASURED
     return Cell(base, method, column, status, reason, scores, runs, odd="; ".join(dict.fromkeys(stars)), **said)
 
@@ -186,23 +186,24 @@ def _mean_of(parts: Sequence[Cell]) -> tuple[dict[int, float], tuple[Found, ...]
     return scores, tuple(runs.values()), [part.odd for part in parts if part.odd]
 
 
-def _score(run: Found, place: Any, side: str) -> float | None:
+def _score(run: Found, place: Place, side: str) -> float | None:
     value = run.status.results.get("scores", {}).get(place.benchmark, {}).get(side)
     return 100 * value if isinstance(value, int | float) and not isinstance(value, bool) else None
 
 
 def _why_not(
-    absent: str | None, scale: Scale, base: str, method: str, has_place: bool, members: Sequence[Found]
+    scale: Scale, base: str, method: str, absent: str | None, place: Place | None, members: Sequence[Found]
 ) -> str:
-    if absent:
-        return absent
     if method in scale.bases[base].without:
         return scale.bases[base].without[method]
-    if not has_place:
-        return "this scale has no benchmark for it"
+    if place is None:
+        return absent or "this scale has no benchmark for it"
     for run in members:
         if not run.done:
             return f"{run.id} {run.status.state}{f': {run.status.why}' if run.status.why else ''}"
+        skipped = run.status.results.get("skipped") or {}
+        if place.benchmark in skipped or "all" in skipped:
+            return f"{run.id} skipped it: {skipped.get(place.benchmark, skipped.get('all'))}"
     return "its results lack this benchmark" if members else "no run was started"
 
 
@@ -216,6 +217,11 @@ def _best_variants(found: Sequence[Found]) -> tuple[list[Found], list[str]]:
         if set(variants) == {""}:
             best += variants[""]
             continue
+        if "" in variants:
+            raise ConfigError(
+                f"{variants[''][0].id} was run without a sweep of rates, others of {method} with one; the best of"
+                " them would mean nothing: give each a run_dir of its own"
+            )
         seeds = max((frozenset(run.seed for run in runs) for runs in variants.values()), key=len)
         losses = {}
         for name, runs in variants.items():
@@ -223,21 +229,17 @@ def _best_variants(found: Sequence[Found]) -> tuple[list[Found], list[str]]:
             if len(values) == len(runs) == len(seeds):
                 losses[name] = sum(values) / len(values)
         if len(losses) < len(variants):  # a part of the grid would be another, easier choice for this method
-            waiting = next(
-                run for runs in variants.values() for run in runs if _validation_loss(run) is None or not run.done
-            )
-            notes.append(f"{method} on {base} ({train}): no rate is chosen yet, {waiting.id} {waiting.status.state}")
-            best += [run for runs in variants.values() for run in runs if not run.done][:1]
+            waiting = [run for runs in variants.values() for run in runs if _validation_loss(run) is None]
+            why = f"{waiting[0].id} {waiting[0].status.state}" if waiting else "not every rate has every seed"
+            notes.append(f"{method} on {base} ({train}): no rate is chosen yet, {why}")
+            best += [run for run in waiting if not run.done][:1]
             continue
         name = min(losses, key=lambda key: losses[key])
         rates = sorted(losses, key=lambda key: float(key.removeprefix("lr-")))
-        edge = (
-            "; it is at the end of the grid, where a better one may lie beyond" if name in (rates[0], rates[-1]) else ""
-        )
-        notes.append(
-            f"{method} on {base} ({train}): {name} of {len(losses)} has the lowest validation loss"
-            f" ({losses[name]:.4f}){edge}"
-        )
+        said = f"{name} of {len(losses)} has the lowest validation loss ({losses[name]:.4f})"
+        if name in (rates[0], rates[-1]):
+            said += "; it is at the end of the grid, where a better one may lie beyond"
+        notes.append(f"{method} on {base} ({train}): {said}")
         best += variants[name]
     return best, notes
 
@@ -256,15 +258,13 @@ def _other_data(found: Sequence[Found]) -> dict[tuple[str, str], str]:
         if run.done:
             groups.setdefault((run.base, run.train), []).append(run)
     for members in groups.values():
-        configs = [run.sweep.config(run.status.run) for run in members]
-        data = [config.data.model_dump(mode="json", exclude={"root"}) for config in configs]
+        data = [run.training_data() for run in members]
         usual = data.index(max(data, key=data.count))
-        for run, config, own in zip(members, configs, data, strict=True):
-            if own != data[usual]:
-                keys = [key for key in same_run(config, configs[usual], ("data.root",)) if key.startswith("data.")]
-                odd[run.id, ""] = (
-                    f"{run.id} was trained on other data than {members[usual].id}: {keys[0]} is not the same"
-                )
+        for run, own in zip(members, data, strict=True):
+            keys = [key for key in sorted(own.keys() | data[usual].keys()) if own.get(key) != data[usual].get(key)]
+            if keys:
+                values = f"{shown(own.get(keys[0]))}, there {shown(data[usual].get(keys[0]))}"
+                odd[run.id, ""] = f"{run.id} was trained on other data than {members[usual].id}: {keys[0]} is {values}"
     return odd
 
 
@@ -278,7 +278,9 @@ def _other_scoring(scale: Scale, found: Sequence[Found]) -> dict[tuple[str, str]
             if entry is not None:
                 versions = run.status.results.get("versions") or {}
                 libraries = {f"version of {key}": versions.get(key) for key in LIBRARIES}
-                made[run.id] = {**{key: entry.get(key) for key in MADE_WITH}, "data": _rows(entry), **libraries}
+                # examples before the question are drawn by the run's seed, alike for every method
+                alike = {key: entry.get(key) for key in MADE_WITH if key != "fewshot_seed"}
+                made[run.id] = {**alike, "data": _rows(entry), **libraries}
         rows = list(made.values())
         if not rows:
             continue

@@ -31,14 +31,22 @@ class Checked:
         """A count must be the same; per cent must be the same as printed."""
         if self.figure.count is not None:
             return self.ours == self.figure.count
+        if self.figure.millions is not None:
+            return f"{self.ours / 1e6:.{self.figure.digits}f}" == f"{self.figure.millions:.{self.figure.digits}f}"
         return f"{self.per_cent:.{self.figure.digits}f}" == f"{self.figure.per_cent:.{self.figure.digits}f}"
 
     def line(self, table: PaperTable) -> str:
         figure = self.figure
         part = {"trained": "trained parameters", "routers": "parameters of routers", "base": "parameters"}[figure.part]
         whole = {"base": "of the base", "sum": "of the base and what is added"}[figure.of]
-        printed = f"{figure.count:,}" if figure.count is not None else f"{figure.per_cent:g} % {whole}"
-        counted = f"{self.ours:,}" + ("" if figure.count is not None else f", {self.per_cent:.{figure.digits + 1}f} %")
+        if figure.beside is not None:
+            whole = f"of {table.methods[figure.beside].title}'s"
+        counted = f"{self.ours:,}"
+        if figure.per_cent is not None:
+            printed = f"{figure.per_cent:g} % {whole}"
+            counted += f", {self.per_cent:.{figure.digits + 1}f} %"
+        else:
+            printed = f"{figure.count:,}" if figure.count is not None else f"{figure.millions:g} million"
         verdict = "the same" if self.matches else f"not matched{f': {figure.note}' if figure.note else ''}"
         return (
             f"{table.methods[figure.method].title} on {table.scales['paper'].bases[figure.base].title}: {part} here"
@@ -47,22 +55,25 @@ class Checked:
 
 
 def check_figures(table: PaperTable) -> list[Checked]:
-    """Count what the paper gives a figure for, at its base. Raises ConfigError for a row without recipe."""
-    found = []
-    counted: dict[tuple[str, str, tuple[str, ...]], Counts] = {}
-    for figure in table.parameters:
-        row, scale = table.methods[figure.method], table.scales["paper"]
-        if row.recipe is None:
-            raise ConfigError(f"parameters: {figure.method} has no recipe, so nothing can be counted")
-        key = (figure.base, figure.method, tuple(figure.overrides))
-        if key not in counted:
+    """Count what the paper gives a figure for, at its base. Raises LoramoeError as a run of it would."""
+    counted: dict[tuple[str, str], Counts] = {}
+
+    def counts_of(base: str, method: str) -> Counts:
+        if (base, method) not in counted:
+            row, scale = table.methods[method], table.scales["paper"]
             train = next(iter(scale.train.values()))
-            given = [*scale.bases[figure.base].overrides, *scale.overrides, *train, *row.overrides]
-            given += [*row.at.get("paper", ()), *figure.overrides]
-            counted[key] = make_counts(compose_run([f"recipe={row.recipe}", *given], given))[0]
-        counts = counted[key]
+            given = [*scale.bases[base].overrides, *scale.overrides, *train, *row.overrides, *row.at.get("paper", ())]
+            counted[base, method] = make_counts(compose_run([f"recipe={row.recipe}", *given], ()))[0]
+        return counted[base, method]
+
+    found = []
+    for figure in table.parameters:
+        counts = counts_of(figure.base, figure.method)
         ours = {"trained": counts.trained, "routers": counts.routers, "base": counts.base}[figure.part]
-        found.append(Checked(figure, ours, counts.base if figure.of == "base" else counts.total))
+        whole = counts.base if figure.of == "base" else counts.total
+        if figure.beside is not None:
+            whole = counts_of(figure.base, figure.beside).trained
+        found.append(Checked(figure, ours, whole))
     return found
 
 

@@ -4,7 +4,7 @@ from pathlib import Path
 
 from loramoe_train.errors import ConfigError
 from loramoe_train.files import write_bytes, write_errors
-from loramoe_train.reproduce.outcome import Outcome
+from loramoe_train.reproduce.outcome import MEASURED, Outcome
 
 FORMATS = (".png", ".pdf", ".svg")
 
@@ -40,15 +40,17 @@ def plot(outcome: Outcome, path: Path) -> None:
                 if cell.mean is not None:
                     axis.barh(place, cell.mean, xerr=cell.deviation, color="tab:blue", height=0.6)
                 if cell.paper is not None and cell.paper.value is not None:
-                    axis.plot([cell.paper.value] * 2, [place - 0.4, place + 0.4], color="tab:orange", linewidth=2)
+                    style = "solid" if cell.status == MEASURED else "dotted"
+                    ends = [place - 0.4, place + 0.4]
+                    axis.plot([cell.paper.value] * 2, ends, color="tab:orange", linewidth=2, linestyle=style)
             axis.set_title(outcome.table.columns[name].title, fontsize=9)
             axis.set_xlim(0, 100)
             axis.set_ylim(len(titles) - 0.5, -0.5)
             axis.set_yticks(range(len(titles)), titles if number == 0 else [], fontsize=8)
             axis.tick_params(labelsize=7, axis="x")
         line[0].set_ylabel(base, fontsize=8)
-    scale = outcome.scale
-    figure.suptitle(f"{outcome.table.paper}, {outcome.table.table}, {scale}: bars ours, lines the paper's", fontsize=9)
+    title = f"{outcome.table.paper}, {outcome.table.table}, scale={outcome.scale}"
+    figure.suptitle(f"{title}: bars ours; lines the paper's, dotted where not comparable", fontsize=9)
     figure.tight_layout()
     content = io.BytesIO()
     figure.savefig(content, format=path.suffix[1:], dpi=130)

@@ -1,6 +1,5 @@
 """The runs that a table asks for: every method on every base and data set, for every seed. No torch in here."""
 
-import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -14,10 +13,11 @@ from loramoe_train.errors import ConfigError, LoramoeError, nearest
 from loramoe_train.paths import CONFIGS
 from loramoe_train.reproduce.schema import PaperTable, Scale
 from loramoe_train.schema.run import RunConfig
-from loramoe_train.schema.trainer import TrainerConfig
+from loramoe_train.schema.trainer import StageConfig, TrainerConfig
 from loramoe_train.trust import refuse_untyped
 from loramoe_train.validation import validate
 
+PLACES = ("run_dir", "resume", "launcher")
 LR_FACTORS = (0.25, 0.5, 1.0, 2.0, 4.0)
 
 
@@ -32,6 +32,8 @@ class Wanted:
     variant: str
     recipe: str
     config: RunConfig
+    given: tuple[str, ...]  # the table's and the user's overrides
+    composed: RunConfig  # what they alone make; the rest was decided here (rates, ranks, the order of examples)
 
     @property
     def folder(self) -> str:
@@ -39,9 +41,18 @@ class Wanted:
 
     @property
     def overrides(self) -> tuple[str, ...]:
-        """What tells it apart in a sweep's tables."""
-        named = {"base": self.base, "method": self.method, "train": self.train, "variant": self.variant or "-"}
-        return (*(f"{key}={value}" for key, value in named.items()), f"seed={self.seed}")
+        """Those with which `loramoe-train` makes the same run."""
+        changed = [key for key in same_run(self.composed, self.config, PLACES) if key != "seed"]
+        values = flatten_values(self.config.plain())
+        told = [f"{key}={in_hydras_words(values[key])}" for key in changed if not key.startswith("trainer.stages.")]
+        if any(key.startswith("trainer.stages.") for key in changed):
+            stages = {name: stage.model_dump(mode="json", exclude_unset=True) for name, stage in self.stages.items()}
+            told.append(f"trainer.stages={in_hydras_words(stages)}")
+        return (*self.given, *told, f"seed={self.seed}")
+
+    @property
+    def stages(self) -> dict[str, StageConfig]:
+        return self.config.trainer.stages
 
 
 def scale_of(table: PaperTable, name: str) -> Scale:
@@ -91,15 +102,17 @@ def wanted(
         for train in dict.fromkeys(place.train for place in scale.columns.values()):
             given = [*scale.bases[base].overrides, *scale.overrides, *scale.train[train], *row.overrides]
             given += [*row.at.get(scale_name, ()), *typed]
+            given = [f"recipe={row.recipe}", *given]
             try:
-                config = compose_run([f"recipe={row.recipe}", *given], typed)
+                composed = compose_run(given, typed)
             except LoramoeError as error:
                 raise type(error)(f"{method} on {base}: {error}") from error
-            scored = config.eval.model_copy(update={"base": method == _scores_base(table, scale, base)})
-            config = config.model_copy(update={"run_dir": root, "eval": scored})
+            scored = composed.eval.model_copy(update={"base": method == _scores_base(table, scale, base)})
+            trainer = same_order(composed.trainer)
+            config = composed.model_copy(update={"run_dir": root, "eval": scored, "trainer": trainer})
             for seed in seeds or scale.seeds:
                 seeded = config.model_copy(update={"seed": seed})
-                found.append(Wanted(base, method, train, seed, "", str(row.recipe), seeded))
+                found.append(Wanted(base, method, train, seed, "", str(row.recipe), seeded, tuple(given), composed))
     if not found:
         raise ConfigError("no row of this choice can be run here; loramoe-reproduce NAME run=false says why")
     return found
@@ -148,6 +161,16 @@ def compose_run(overrides: Sequence[str], typed: Sequence[str]) -> RunConfig:
     return validate(values)
 
 
+def same_order(trainer: TrainerConfig) -> TrainerConfig:
+    """The trainer with its first stage named `train`: the order of examples comes from the seed and the stage's name,
+    so every method sees the same examples in the same order.
+    """
+    (first, stage), *rest = trainer.stages.items()
+    if first == "train":
+        return trainer
+    return trainer.model_copy(update={"stages": {"train": stage, **dict(rest)}})
+
+
 def with_learning_rates(runs: Sequence[Wanted], factors: Sequence[float] = LR_FACTORS) -> list[Wanted]:
     """Every run at every rate of a grid around its own; the routers' rates go with it."""
     found = []
@@ -170,8 +193,25 @@ def _scaled(trainer: TrainerConfig, factor: float) -> TrainerConfig:
 
 def same_run(one: RunConfig, other: RunConfig, free: Sequence[str]) -> list[str]:
     """The keys in which two configs differ, but for those below `free`."""
-    from loramoe_train.rundir import flatten
-
-    first, second = (flatten(json.loads(json.dumps(config.plain()))) for config in (one, other))
+    first, second = flatten_values(one.plain()), flatten_values(other.plain())
     differing = (key for key in sorted(first.keys() | second.keys()) if first.get(key) != second.get(key))
     return [key for key in differing if not any(key == name or key.startswith(f"{name}.") for name in free)]
+
+
+def flatten_values(values: Any, prefix: str = "") -> dict[str, Any]:
+    """{"a": {"b": 1}} -> {"a.b": 1}; lists stay whole."""
+    if not isinstance(values, Mapping) or not values:
+        return {prefix: list(values) if isinstance(values, tuple) else values}
+    parts = (flatten_values(value, f"{prefix}.{key}" if prefix else str(key)) for key, value in values.items())
+    return {key: value for part in parts for key, value in part.items()}
+
+
+def in_hydras_words(value: Any) -> str:
+    """A plain value as an override has it."""
+    if isinstance(value, Mapping):
+        return "{" + ",".join(f"{key}:{in_hydras_words(entry)}" for key, entry in value.items()) + "}"
+    if isinstance(value, list | tuple):
+        return f"[{','.join(map(in_hydras_words, value))}]"
+    if value is None:
+        return "null"
+    return str(value).lower() if isinstance(value, bool) else str(value)

@@ -33,6 +33,7 @@ class Column(Strict):
     title: str
     rule: str  # how the paper scores it
     not_comparable: str | None = None  # why our number and the paper's cannot be set against each other
+    absent: str | None = None  # why it has no benchmark, or nothing to train on for it
     mean_of: list[str] = Field(default_factory=list)
 
 
@@ -91,17 +92,18 @@ class Figure(Strict):
     mark: Mark
     source: str
     count: int | None = Field(default=None, gt=0)
+    millions: float | None = Field(default=None, gt=0)
     per_cent: float | None = Field(default=None, gt=0)
     of: Literal["base", "sum"] = "base"  # what the per cent are of: the base, or the base and what is added
+    beside: str | None = None  # or another method's count
     digits: int = Field(default=2, ge=0)  # after the point, as printed
     part: Literal["trained", "routers", "base"] = "trained"
     note: str = ""  # what is known where the two differ
-    overrides: list[str] = Field(default_factory=list)  # for the count alone
 
     @model_validator(mode="after")
     def _one_figure(self) -> "Figure":
-        if (self.count is None) == (self.per_cent is None):
-            raise ValueError("give exactly one of count and per_cent")
+        if sum(value is not None for value in (self.count, self.millions, self.per_cent)) != 1:
+            raise ValueError("give exactly one of count, millions and per_cent")
         return self
 
 
@@ -134,7 +136,8 @@ class PaperTable(Strict):
             check("numbers", block.rows, self.methods)
             for row in block.rows.values():
                 check("numbers", row, self.columns)
-        check("parameters", (figure.method for figure in self.parameters), self.methods)
+        counted = [name for f in self.parameters for name in (f.method, f.beside) if name is not None]
+        check("parameters", counted, {name for name, method in self.methods.items() if method.recipe})
         check("methods.at", (name for method in self.methods.values() for name in method.at), self.scales)
         if self.reference is not None:
             check("reference", [self.reference], {name for name, m in self.methods.items() if m.recipe})

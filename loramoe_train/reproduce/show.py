@@ -71,9 +71,8 @@ def statuses(outcome: Outcome, base: str) -> list[str]:
 def rules(outcome: Outcome) -> list[str]:
     """How each column is scored, by the paper and by us."""
     found = []
-    scale = next(scale for name, scale in outcome.table.scales.items() if name == outcome.scale)
     for name, column in outcome.table.columns.items():
-        place = scale.columns.get(name)
+        place = outcome.settings.columns.get(name)
         ours = f"; here {place.benchmark}{f', {place.ours}' if place.ours else ''}" if place else ""
         found.append(f"{column.title}: paper {column.rule}{ours}")
     return found
@@ -91,8 +90,7 @@ def sections(outcome: Outcome) -> list[tuple[str, list[str]]]:
 
 
 def _title(outcome: Outcome, base: str) -> str:
-    scale = next(scale for name, scale in outcome.table.scales.items() if name == outcome.scale)
-    own = scale.bases[base]
+    own = outcome.settings.bases[base]
     beside = f", beside the paper's {own.beside}" if own.beside else ""
     return f"{own.title}{beside}"
 
@@ -162,11 +160,10 @@ def as_csv(outcome: Outcome) -> str:
     out = io.StringIO()
     writer = csv.writer(out, lineterminator="\n")
     writer.writerow(CSV)
-    scale = next(scale for name, scale in outcome.table.scales.items() if name == outcome.scale)
     for cell in outcome.all():
         column, printed = outcome.table.columns[cell.column], cell.paper or Number.model_construct()
         low, high = cell.interval or (None, None)
-        place = scale.columns.get(cell.column)
+        place = outcome.settings.columns.get(cell.column)
         ours = ", ".join(filter(None, (place.benchmark, place.ours))) if place else ""
         ids = " ".join(run.id for run in cell.runs)
         seeds = " ".join(map(str, cell.scores))

@@ -157,9 +157,27 @@ def test_the_best_rate_by_validation_loss_is_the_one_shown(tmp_path: Path) -> No
     assert found.notes == ("lora on tiny (all): lr-0.2 of 3 has the lowest validation loss (1.1000)",)
 
 
+def test_with_and_without_a_sweep_of_rates_is_no_choice(tmp_path: Path) -> None:
+    finished(tmp_path, {**rated({"0.1": (1.0, 1.0)}), "tiny/lora/all/0": scores(0.5)})
+    with pytest.raises(ConfigError, match="sweep-1/tiny/lora/all/0 was run without a sweep of rates"):
+        outcome(table(), "paper", find(tmp_path))
+
+
 def test_an_end_of_the_grid_and_a_grid_with_gaps(tmp_path: Path) -> None:
     finished(tmp_path / "end", rated({"0.1": (1.0, 1.0), "0.2": (1.1, 1.1)}))
     assert "at the end of the grid" in outcome(table(), "paper", find(tmp_path / "end")).notes[0]
     finished(tmp_path / "gap", {**rated({"0.1": (1.0, 1.0)}), "tiny/lora/all/lr-0.2/0": None})
     found = outcome(table(), "paper", find(tmp_path / "gap"))
     assert cells(found, "lora")["a"].status == NOT_RUN and "no rate is chosen yet" in found.notes[0]
+
+
+def test_a_picture(tmp_path: Path) -> None:
+    from loramoe_train.reproduce.plot import check_plot, plot
+
+    pytest.importorskip("matplotlib")
+    found = made(tmp_path / "runs")
+    for name, begin in (("table.png", b"\x89PNG"), ("table.pdf", b"%PDF")):
+        check_plot(tmp_path / name)
+        plot(found, tmp_path / name)
+        assert (tmp_path / name).read_bytes().startswith(begin)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["runs", "table.pdf", "table.png"]
