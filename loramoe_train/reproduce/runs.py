@@ -42,9 +42,11 @@ class Wanted:
     @property
     def overrides(self) -> tuple[str, ...]:
         """Those with which `loramoe-train` makes the same run."""
-        changed = [key for key in same_run(self.composed, self.config, PLACES) if key != "seed"]
+        differing = same_run(self.composed, self.config, PLACES)
+        changed = [key for key in ("eval.base", *differing) if key != "seed"]
         values = flatten_values(self.config.plain())
-        told = [f"{key}={in_hydras_words(values[key])}" for key in changed if not key.startswith("trainer.stages.")]
+        keys = [key for key in dict.fromkeys(changed) if not key.startswith("trainer.stages.")]
+        told = [f"{key}={in_hydras_words(values[key])}" for key in keys]
         if any(key.startswith("trainer.stages.") for key in changed):
             stages = {name: stage.model_dump(mode="json", exclude_unset=True) for name, stage in self.stages.items()}
             told.append(f"trainer.stages={in_hydras_words(stages)}")
