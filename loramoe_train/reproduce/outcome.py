@@ -13,6 +13,7 @@ from loramoe_train.reproduce.folder import Found
 from loramoe_train.reproduce.runs import chosen, scale_of
 from loramoe_train.reproduce.schema import Number, PaperTable, Place, Scale
 from loramoe_train.sweeps.table import LIBRARIES, MADE_WITH
+from loramoe_train.trust import value_at
 
 MEASURED, NOT_RUN, NOT_COMPARABLE = "measured here", "not run", "not comparable"
 CONFIDENCE = 0.95
@@ -280,7 +281,8 @@ def _other_scoring(scale: Scale, found: Sequence[Found]) -> dict[tuple[str, str]
                 libraries = {f"version of {key}": versions.get(key) for key in LIBRARIES}
                 # examples before the question are drawn by the run's seed, alike for every method
                 alike = {key: entry.get(key) for key in MADE_WITH if key != "fewshot_seed"}
-                made[run.id] = {**alike, "data": _rows(entry), **libraries}
+                definition = value_at(entry, "made_with.task.definition_sha256")
+                made[run.id] = {**alike, "definition": definition, "data": _rows(entry), **libraries}
         rows = list(made.values())
         if not rows:
             continue
