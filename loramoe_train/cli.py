@@ -20,7 +20,7 @@ from loramoe_train.errors import (
     SavedOnSignal,
     nearest,
 )
-from loramoe_train.paths import CONFIGS, RECIPES
+from loramoe_train.paths import CONFIGS, recipe_files
 from loramoe_train.schema.run import RunConfig
 from loramoe_train.training.signals import Terminated, end_on_signals, ignore_signals
 from loramoe_train.trust import guard_config_files, refuse_untyped
@@ -158,6 +158,17 @@ def sweep() -> None:
     _guard(job)
 
 
+def reproduce() -> None:
+    """`loramoe-reproduce NAME`: a paper's table, what was measured here beside what is printed there."""
+
+    def job() -> None:
+        from loramoe_train.reproduce.command import run
+
+        run(sys.argv[1:])
+
+    _guard(job, cure="the same command goes on")
+
+
 def _guard(job: Callable[[], None], cure: str = "the same command with resume=auto goes on") -> None:
     """Run `job`; one line and the right exit code for everything that a user can cause. `cure`: after a signal."""
     # Threads of torch that wait by spinning starve each other where cores are shared: two runs on two cores took 15
@@ -282,8 +293,7 @@ def register() -> None:
     from loramoe_train.schema.run import defaults
 
     ConfigStore.instance().store(name="schema", node=defaults())
-    for path in sorted(RECIPES.rglob("*.yaml")):
-        name = path.relative_to(RECIPES).with_suffix("").as_posix()
+    for name, path in recipe_files().items():
         group, _, leaf = f"recipe/{name}".rpartition("/")
         ConfigStore.instance().store(
             group=group, name=leaf, node=yaml.safe_load(path.read_text(encoding="utf-8")), package="_global_"

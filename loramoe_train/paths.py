@@ -18,4 +18,11 @@ def shipped(folder: str) -> Path:
 
 CONFIGS = shipped("configs")
 RECIPES = shipped("recipes")
+PAPER = RECIPES / "paper"  # tables of papers, which are no recipes (reproduce/)
 ASSETS = PACKAGE / "assets"
+
+
+def recipe_files() -> dict[str, Path]:
+    """The shipped recipes: name, with the folder of nested ones, -> file."""
+    found = sorted(path for path in RECIPES.rglob("*.yaml") if PAPER not in path.parents)
+    return {path.relative_to(RECIPES).with_suffix("").as_posix(): path for path in found}

@@ -1,6 +1,7 @@
 """Draw which expert the routers choose, per layer and task: `python scripts/plot_routing.py RUN OUT.png`.
 
-Reads the last routing record of RUN/metrics.jsonl (weights averaged over a layer's sites and the logged window).
+Reads the last routing record of RUN/metrics.jsonl (weights averaged over a layer's sites and the logged window), and
+prints each expert's share of the weight, in per cent: of each task, and of all tasks alike.
 """
 
 import json
@@ -16,6 +17,22 @@ def last_record(run: Path) -> dict[str, Any]:
     if not records:
         sys.exit(f"{run}/metrics.jsonl holds no routing record")
     return records[-1]
+
+
+def shares(record: dict[str, Any]) -> dict[str, list[float]]:
+    """Per cent of the weight that each expert gets: of every task, and `all`, the mean over tasks.
+
+    Means over layers, of those with the largest number of experts where layers differ.
+    """
+    layers = list(record["layers"].values())
+    most = max(len(weights) for tasks in layers for weights in tasks.values())
+    found = {}
+    for task in layers[0]:
+        rows = [tasks[task] for tasks in layers if task in tasks and len(tasks[task]) == most and sum(tasks[task]) > 0]
+        if rows:
+            found[task] = [100 * sum(row[e] / sum(row) for row in rows) / len(rows) for e in range(most)]
+    found["all"] = [sum(row[e] for row in found.values()) / len(found) for e in range(most)] if found else []
+    return found
 
 
 def draw(record: dict[str, Any], out: Path) -> None:
@@ -40,4 +57,7 @@ def draw(record: dict[str, Any], out: Path) -> None:
 if __name__ == "__main__":
     if len(sys.argv) != 3:
         sys.exit(__doc__)
-    draw(last_record(Path(sys.argv[1])), Path(sys.argv[2]))
+    record = last_record(Path(sys.argv[1]))
+    for task, weights in shares(record).items():
+        print(f"{task:<16}{''.join(f'{weight:8.1f}' for weight in weights)}")
+    draw(record, Path(sys.argv[2]))

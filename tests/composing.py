@@ -10,11 +10,11 @@ from omegaconf import OmegaConf
 
 from loramoe_train.cli import chosen_losses, normalised, register
 from loramoe_train.data.definitions import load_definitions
-from loramoe_train.paths import CONFIGS, RECIPES
+from loramoe_train.paths import CONFIGS, RECIPES, recipe_files
 from loramoe_train.schema.run import RunConfig
 from loramoe_train.validation import validate
 
-RECIPE_NAMES = sorted(p.relative_to(RECIPES).with_suffix("").as_posix() for p in RECIPES.rglob("*.yaml"))
+RECIPE_NAMES = list(recipe_files())
 
 
 def recipe_file(recipe: str) -> dict[str, Any]:

@@ -7,6 +7,8 @@ from pathlib import Path
 
 import pytest
 
+from loramoe_train.paths import PAPER, recipe_files
+
 ROOT = Path(__file__).resolve().parents[1]
 COMPOSE = """
 import sys
@@ -17,8 +19,7 @@ from loramoe_train.cli import register
 assert str(paths.PACKAGE).startswith({site!r}), paths.PACKAGE
 register()
 with initialize_config_dir(str(paths.CONFIGS), version_base="1.3"):
-    for recipe in sorted(paths.RECIPES.rglob("*.yaml")):
-        name = recipe.relative_to(paths.RECIPES).with_suffix("").as_posix()
+    for name in paths.recipe_files():
         compose("train", [f"+recipe={{name}}"])
         print(name)
 """
@@ -40,13 +41,13 @@ def test_every_recipe_composes_from_the_wheel(wheel, tmp_path):
     code = COMPOSE.format(site=str(tmp_path))
     done = subprocess.run([sys.executable, "-P", "-c", code], capture_output=True, text=True, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
-    expected = {p.relative_to(ROOT / "recipes").with_suffix("").as_posix() for p in (ROOT / "recipes").rglob("*.yaml")}
-    assert set(done.stdout.split()) == expected
+    assert set(done.stdout.split()) == set(recipe_files())
 
 
 def test_the_wheel_holds_the_embedded_model_and_is_small(wheel):
     assert wheel.stat().st_size < 10_000_000
     names = zipfile.ZipFile(wheel).namelist()
     assert "loramoe_train/assets/tiny/model/model.safetensors" in names
+    assert {f"loramoe_train/recipes/paper/{path.name}" for path in PAPER.glob("*.yaml")} <= set(names)
     assert any(name.startswith("loramoe_train/assets/tiny/data/tiny_math/train.jsonl") for name in names)
     assert not any("/tests/" in name or name.startswith("tests/") for name in names)

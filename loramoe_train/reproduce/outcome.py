@@ -1,0 +1,304 @@
+"""What has been measured for every cell of a table, beside what the paper prints. Reads results.json files; no torch.
+
+A cell is never filled from the paper: its number is ours or there is none.
+"""
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from loramoe_train.errors import ConfigError, shown
+from loramoe_train.reproduce.folder import Found
+from loramoe_train.reproduce.runs import chosen, scale_of
+from loramoe_train.reproduce.schema import Number, PaperTable, Place, Scale
+from loramoe_train.sweeps.table import LIBRARIES, MADE_WITH
+from loramoe_train.trust import value_at
+
+MEASURED, NOT_RUN, NOT_COMPARABLE = "measured here", "not run", "not comparable"
+CONFIDENCE = 0.95
+
+
+@dataclass(frozen=True)
+class Cell:
+    """Scores in per cent."""
+
+    base: str
+    method: str
+    column: str
+    status: str
+    why: str = ""
+    scores: Mapping[int, float] = field(default_factory=dict)  # by seed
+    runs: tuple[Found, ...] = ()  # whose scores these are
+    paper: Number | None = None
+    mark: str = ""
+    source: str = ""
+    odd: str = ""  # how some of these scores were made otherwise than most of the column
+
+    @property
+    def mean(self) -> float | None:
+        return sum(self.scores.values()) / len(self.scores) if self.scores else None
+
+    @property
+    def deviation(self) -> float | None:
+        """Over seeds, n - 1; None for fewer than two."""
+        return deviation(list(self.scores.values()))
+
+    @property
+    def interval(self) -> tuple[float, float] | None:
+        """95 per cent, of the mean over seeds (Student's t)."""
+        return interval(list(self.scores.values()))
+
+    @property
+    def difference(self) -> float | None:
+        """Ours less the paper's, where the two can be set against each other."""
+        if self.status != MEASURED or self.mean is None or self.paper is None or self.paper.value is None:
+            return None
+        return self.mean - self.paper.value
+
+    @property
+    def within_noise(self) -> bool | None:
+        """Whether the paper's number lies in our interval; None where nothing can be said."""
+        if self.difference is None or self.interval is None or self.paper is None or self.paper.value is None:
+            return None
+        return self.interval[0] <= self.paper.value <= self.interval[1]
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """Cells by base, in the order of the table's rows and columns."""
+
+    table: PaperTable
+    scale: str
+    columns: tuple[str, ...]
+    cells: Mapping[str, Mapping[str, tuple[Cell, ...]]]  # base -> method -> cells
+    notes: tuple[str, ...] = ()
+
+    @property
+    def settings(self) -> Scale:
+        return scale_of(self.table, self.scale)
+
+    def all(self) -> Iterable[Cell]:
+        for rows in self.cells.values():
+            for cells in rows.values():
+                yield from cells
+
+
+def deviation(values: Sequence[float]) -> float | None:
+    if len(values) < 2:
+        return None
+    mean = sum(values) / len(values)
+    return math.sqrt(sum((value - mean) ** 2 for value in values) / (len(values) - 1))
+
+
+def interval(values: Sequence[float]) -> tuple[float, float] | None:
+    """95 per cent interval of the mean (Student's t); None for fewer than two values."""
+    spread = deviation(values)
+    if spread is None:
+        return None
+    from scipy.stats import t
+
+    half = float(t.ppf((1 + CONFIDENCE) / 2, len(values) - 1)) * spread / math.sqrt(len(values))
+    mean = sum(values) / len(values)
+    return mean - half, mean + half
+
+
+def outcome(
+    table: PaperTable,
+    scale_name: str,
+    found: Sequence[Found],
+    *,
+    methods: Sequence[str] | None = None,
+    bases: Sequence[str] | None = None,
+    mark: bool = False,
+) -> Outcome:
+    """Put runs into cells.
+
+    Raises ConfigError where scores of a column were made otherwise than others, or runs trained on other data, unless
+    `mark`: then these cells get a star.
+    """
+    scale = scale_of(table, scale_name)
+    best, notes = _best_variants(found)
+    odd = {**_other_data(best), **_other_scoring(scale, best)}
+    if odd and not mark:
+        raise ConfigError(f"{next(iter(odd.values()))}; mixed=mark shows the table all the same, with a star there")
+    cells = {
+        base: {
+            method: tuple(_cell(table, scale, best, odd, base, method, column) for column in table.columns)
+            for method in chosen("methods", methods, table.methods)
+        }
+        for base in chosen("bases", bases, scale.bases)
+    }
+    stars = tuple(f"* {text}" for text in dict.fromkeys(odd.values()))
+    return Outcome(table, scale_name, tuple(table.columns), cells, (*notes, *stars))
+
+
+def _cell(
+    table: PaperTable,
+    scale: Scale,
+    found: Sequence[Found],
+    odd: Mapping[tuple[str, str], str],
+    base: str,
+    method: str,
+    column: str,
+) -> Cell:
+    printed = table.number(scale.bases[base].beside or base, method, column)
+    said = {"paper": printed[0], "mark": printed[1].mark, "source": printed[1].source} if printed else {}
+    row, about = table.methods[method], table.columns[column]
+    part_only = None
+    if about.mean_of:
+        here = [name for name in about.mean_of if name in scale.columns]
+        if len(here) < len(about.mean_of):
+            part_only = f"the mean of the {len(here)} columns that this scale has"
+        parts = [_cell(table, scale, found, odd, base, method, name) for name in here]
+        scores, runs, stars = _mean_of(parts)
+        lacking = [part for part in parts if not part.scores]
+        why = lacking[0].why if lacking else "no seed has all its columns"
+    else:
+        place = scale.columns.get(column)
+        members = [
+            run
+            for run in found
+            if place and run.base == base and run.train == place.train and (row.base or run.method == method)
+        ]
+        side = "base" if row.base else "tuned"
+        scored = {
+            run.seed: (run, score) for run in members if place and (score := _score(run, place, side)) is not None
+        }
+        scores = {seed: score for seed, (_, score) in sorted(scored.items())}
+        runs = tuple(run for run, _ in scored.values())
+        about_run = [(run.id, name) for run in runs for name in ("", place.benchmark if place else "")]
+        stars = [odd[key] for key in about_run if key in odd]
+        why = "" if scores else row.absent or _why_not(scale, base, method, about.absent, place, members)
+    if not scores:
+        return Cell(base, method, column, NOT_RUN, why, **said)
+    columns = (about, *(table.columns[name] for name in about.mean_of))
+    first = scale.not_comparable or next((each.not_comparable for each in columns if each.not_comparable), None)
+    reason = "; ".join(filter(None, (first, part_only)))
+    status = NOT_COMPARABLE if reason else MEASURED
+    return Cell(base, method, column, status, reason, scores, runs, odd="; ".join(dict.fromkeys(stars)), **said)
+
+
+def _mean_of(parts: Sequence[Cell]) -> tuple[dict[int, float], tuple[Found, ...], list[str]]:
+    """By seed, of the seeds that every column has: a mean over a part would mislead."""
+    seeds = set.intersection(*(set(part.scores) for part in parts)) if parts else set()
+    scores = {seed: sum(part.scores[seed] for part in parts) / len(parts) for seed in sorted(seeds)}
+    runs = {run.id: run for part in parts for run in part.runs if run.seed in seeds}
+    return scores, tuple(runs.values()), [part.odd for part in parts if part.odd]
+
+
+def _score(run: Found, place: Place, side: str) -> float | None:
+    value = run.status.results.get("scores", {}).get(place.benchmark, {}).get(side)
+    return 100 * value if isinstance(value, int | float) and not isinstance(value, bool) else None
+
+
+def _why_not(
+    scale: Scale, base: str, method: str, absent: str | None, place: Place | None, members: Sequence[Found]
+) -> str:
+    if method in scale.bases[base].without:
+        return scale.bases[base].without[method]
+    if place is None:
+        return absent or "this scale has no benchmark for it"
+    for run in members:
+        if not run.done:
+            return f"{run.id} {run.status.state}{f': {run.status.why}' if run.status.why else ''}"
+        skipped = run.status.results.get("skipped") or {}
+        if place.benchmark in skipped or "all" in skipped:
+            return f"{run.id} skipped it: {skipped.get(place.benchmark, skipped.get('all'))}"
+    return "its results lack this benchmark" if members else "no run was started"
+
+
+def _best_variants(found: Sequence[Found]) -> tuple[list[Found], list[str]]:
+    """Of runs that differ in the variant, those of the one with the lowest validation loss, on average over seeds."""
+    groups: dict[tuple[str, str, str], dict[str, list[Found]]] = {}
+    for run in found:
+        groups.setdefault((run.base, run.method, run.train), {}).setdefault(run.variant, []).append(run)
+    best, notes = [], []
+    for (base, method, train), variants in groups.items():
+        if set(variants) == {""}:
+            best += variants[""]
+            continue
+        if "" in variants:
+            raise ConfigError(
+                f"{variants[''][0].id} was run without a sweep of rates, others of {method} with one; the best of"
+                " them would mean nothing: give each a run_dir of its own"
+            )
+        seeds = max((frozenset(run.seed for run in runs) for runs in variants.values()), key=len)
+        losses = {}
+        for name, runs in variants.items():
+            values = [loss for run in runs if (loss := _validation_loss(run)) is not None]
+            if len(values) == len(runs) == len(seeds):
+                losses[name] = sum(values) / len(values)
+        if len(losses) < len(variants):  # a part of the grid would be another, easier choice for this method
+            waiting = [run for runs in variants.values() for run in runs if _validation_loss(run) is None]
+            why = f"{waiting[0].id} {waiting[0].status.state}" if waiting else "not every rate has every seed"
+            notes.append(f"{method} on {base} ({train}): no rate is chosen yet, {why}")
+            best += [run for run in waiting if not run.done][:1]
+            continue
+        name = min(losses, key=lambda key: losses[key])
+        rates = sorted(losses, key=lambda key: float(key.removeprefix("lr-")))
+        said = f"{name} of {len(losses)} has the lowest validation loss ({losses[name]:.4f})"
+        if name in (rates[0], rates[-1]):
+            said += "; it is at the end of the grid, where a better one may lie beyond"
+        notes.append(f"{method} on {base} ({train}): {said}")
+        best += variants[name]
+    return best, notes
+
+
+def _validation_loss(run: Found) -> float | None:
+    stages = run.status.results.get("training", {}).get("stages") or [{}]
+    value = stages[-1].get("eval_loss")
+    return float(value) if isinstance(value, int | float) else None
+
+
+def _other_data(found: Sequence[Found]) -> dict[tuple[str, str], str]:
+    """(run id, "") -> how the run was trained on other data than most runs of its data set."""
+    odd: dict[tuple[str, str], str] = {}
+    groups: dict[tuple[str, str], list[Found]] = {}
+    for run in found:
+        if run.done:
+            groups.setdefault((run.base, run.train), []).append(run)
+    for members in groups.values():
+        data = [run.training_data() for run in members]
+        usual = data.index(max(data, key=data.count))
+        for run, own in zip(members, data, strict=True):
+            keys = [key for key in sorted(own.keys() | data[usual].keys()) if own.get(key) != data[usual].get(key)]
+            if keys:
+                values = f"{shown(own.get(keys[0]))}, there {shown(data[usual].get(keys[0]))}"
+                odd[run.id, ""] = f"{run.id} was trained on other data than {members[usual].id}: {keys[0]} is {values}"
+    return odd
+
+
+def _other_scoring(scale: Scale, found: Sequence[Found]) -> dict[tuple[str, str], str]:
+    """(run id, benchmark) -> what is other there than in most runs, over methods and seeds of all bases."""
+    odd: dict[tuple[str, str], str] = {}
+    for name in dict.fromkeys(place.benchmark for place in scale.columns.values()):
+        made: dict[str, dict[str, Any]] = {}
+        for run in found:
+            entry = run.status.results.get("scores", {}).get(name)
+            if entry is not None:
+                versions = run.status.results.get("versions") or {}
+                libraries = {f"version of {key}": versions.get(key) for key in LIBRARIES}
+                # examples before the question are drawn by the run's seed, alike for every method
+                alike = {key: entry.get(key) for key in MADE_WITH if key != "fewshot_seed"}
+                definition = value_at(entry, "made_with.task.definition_sha256")
+                made[run.id] = {**alike, "definition": definition, "data": _rows(entry), **libraries}
+        rows = list(made.values())
+        if not rows:
+            continue
+        usual = max(rows, key=rows.count)
+        first = next(run for run, row in made.items() if row == usual)
+        for run_id, row in made.items():
+            key = next((key for key in row if row[key] != usual[key]), None)
+            if key is not None:
+                odd[run_id, name] = (
+                    f"{name} cannot be compared: {key} is {shown(row[key])} in {run_id} and {shown(usual[key])} in"
+                    f" {first}"
+                )
+    return odd
+
+
+def _rows(entry: Mapping[str, Any]) -> dict[str, Any]:
+    """What the benchmark's rows are, wherever their files lie."""
+    data = entry.get("data") or {}
+    return {split: file.get("sha256") if isinstance(file, Mapping) else file for split, file in data.items()}

@@ -1,0 +1,184 @@
+"""Cells from made-up results: the numbers by hand, what is missing, what cannot be compared; nothing from the paper."""
+
+import csv
+import io
+import json
+from pathlib import Path
+
+import pytest
+
+from loramoe_train.errors import ConfigError, DataError
+from loramoe_train.reproduce.folder import find
+from loramoe_train.reproduce.outcome import MEASURED, NOT_COMPARABLE, NOT_RUN, Outcome, outcome
+from loramoe_train.reproduce.show import as_csv, as_latex, as_markdown, cell_text, statuses
+from tests.reproduce.made import finished, scores, table
+
+RUNS = {
+    "tiny/lora/all/0": scores(0.4, 0.5, base=0.1),
+    "tiny/lora/all/1": scores(0.6, 0.7, base=0.1),
+    "tiny/mola/all/0": scores(0.8, 0.8),
+    "tiny/mola/all/1": None,
+}
+
+
+def made(tmp_path: Path, runs=RUNS, **more) -> Outcome:
+    finished(tmp_path, runs)
+    return outcome(table(), "paper", find(tmp_path), **more)
+
+
+def cells(found: Outcome, method: str) -> dict:
+    return {cell.column: cell for cell in found.cells["tiny"][method]}
+
+
+def test_means_deviations_and_differences(tmp_path: Path) -> None:
+    lora = cells(made(tmp_path), "lora")
+    assert lora["a"].status == MEASURED and lora["a"].mean == pytest.approx(50.0)
+    assert lora["a"].deviation == pytest.approx(200**0.5)  # of 40 and 60, n - 1
+    assert lora["a"].difference == pytest.approx(0.0) and lora["a"].within_noise
+    # Student's t with one degree of freedom: 12.706 * 14.142 / sqrt(2)
+    assert lora["a"].interval == pytest.approx((50 - 127.06, 50 + 127.06), abs=0.01)
+    assert [run.id for run in lora["a"].runs] == ["sweep-1/tiny/lora/all/0", "sweep-1/tiny/lora/all/1"]
+    assert lora["b"].status == NOT_COMPARABLE and lora["b"].why == "another judge"
+    assert lora["b"].mean == pytest.approx(60.0) and lora["b"].difference is None
+    assert lora["mean"].scores == pytest.approx({0: 45.0, 1: 65.0}) and lora["mean"].why == "another judge"
+    assert cell_text(lora["a"]) == "50.0 ± 14.1 (paper 50: +0.0, within noise)"
+    assert cell_text(lora["b"]) == "60.0 ± 14.1 (paper 60.5)"
+
+
+def test_a_missing_run_is_said_and_no_cell_is_filled_from_the_paper(tmp_path: Path) -> None:
+    found = made(tmp_path)
+    mola = cells(found, "mola")
+    assert mola["a"].scores == {0: 80.0} and mola["a"].deviation is None and mola["a"].within_noise is None
+    assert cell_text(mola["a"]) == "80.0 (paper 90 (89-91): -10.0)"
+    assert mola["c"].status == NOT_RUN and mola["c"].why == "this scale has no benchmark for it"
+    assert cells(found, "other")["a"].why == "nobody has it"
+    assert {cell.mean for cell in cells(found, "other").values()} == {None}
+    base = cells(found, "base")
+    assert base["a"].scores == {0: 10.0, 1: 10.0} and base["a"].paper is None
+    assert "LoRA [A]: measured here; 2 seeds, runs sweep-1/tiny/lora/all/0, sweep-1/tiny/lora/all/1" in statuses(
+        found, "tiny"
+    )
+
+
+def test_nothing_run_gives_a_table_without_a_number(tmp_path: Path) -> None:
+    found = outcome(table(), "paper", find(tmp_path))
+    assert all(cell.status == NOT_RUN and cell.mean is None and cell.difference is None for cell in found.all())
+    assert cell_text(cells(found, "lora")["a"]) == "not run (paper 50)"
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"n": 50}, "n is 50 in sweep-1/tiny/mola/all/0 and 100 in sweep-1/tiny/lora/all/0"),
+        ({"made_with": {"task": {"definition_sha256": "d2"}}}, "definition is d2 in sweep-1/tiny/mola/all/0"),
+        ({"version": "2.0"}, "version is 2.0 in sweep-1/tiny/mola/all/0"),
+        ({"data": {"test": {"sha256": "f00", "file": "x"}}}, "data is {'test': 'f00'} in sweep-1/tiny/mola/all/0"),
+    ],
+)
+def test_scores_that_were_made_otherwise_are_refused_or_marked(tmp_path: Path, change: dict, words: str) -> None:
+    runs = {**RUNS, "tiny/mola/all/0": scores(0.8, 0.8, **change)}
+    with pytest.raises(ConfigError, match="tiny_math cannot be compared: ") as refused:
+        made(tmp_path, runs)
+    assert words in str(refused.value) and "mixed=mark" in str(refused.value)
+    marked = outcome(table(), "paper", find(tmp_path), mark=True)
+    assert cell_text(cells(marked, "mola")["a"]).startswith("80.0* (") and not cells(marked, "lora")["a"].odd
+    assert any(words in note for note in marked.notes)
+
+
+def test_other_versions_are_refused(tmp_path: Path) -> None:
+    sweep = finished(tmp_path, RUNS)
+    path = sweep.root / "tiny/mola/all/0/results.json"
+    content = json.loads(path.read_text())
+    content["versions"]["lm_eval"] = "0.4.9"
+    path.write_text(json.dumps(content))
+    with pytest.raises(ConfigError, match="version of lm_eval is 0.4.9 in sweep-1/tiny/mola/all/0 and 0.4.13 in"):
+        outcome(table(), "paper", find(tmp_path))
+
+
+def test_training_on_other_data_is_refused(tmp_path: Path) -> None:
+    finished(tmp_path, {key: RUNS[key] for key in list(RUNS)[:2]})
+    finished(tmp_path, {"tiny/mola/all/0": scores(0.8)}, number=2, max_length=64)
+    with pytest.raises(ConfigError, match="sweep-2/tiny/mola/all/0 was trained on other data .*data.max_length"):
+        outcome(table(), "paper", find(tmp_path))
+    marked = outcome(table(), "paper", find(tmp_path), mark=True)
+    assert cells(marked, "mola")["a"].odd and not cells(marked, "lora")["a"].odd
+
+
+def test_a_damaged_file_is_told_in_its_cells_and_left_alone(tmp_path: Path) -> None:
+    found = made(tmp_path, {**RUNS, "tiny/mola/all/0": '{"scores": {"tiny_m'})
+    cell = cells(found, "mola")["a"]
+    assert cell.status == NOT_RUN and "failed: " in cell.why and "is not a readable results file" in cell.why
+    assert (tmp_path / "sweep-1/tiny/mola/all/0/results.json").read_text() == '{"scores": {"tiny_m'
+
+
+def test_folders_that_are_no_sweeps_of_a_table(tmp_path: Path) -> None:
+    finished(tmp_path, {"tiny/lora/all/0": scores(0.5)})
+    (tmp_path / "sweep-old").mkdir()
+    with pytest.raises(DataError, match="is not numbered"):
+        find(tmp_path)
+
+
+def test_the_newer_sweep_fills_what_an_older_one_failed(tmp_path: Path) -> None:
+    finished(tmp_path, RUNS)
+    finished(tmp_path, {"tiny/mola/all/1": scores(0.9)}, number=2)
+    assert cells(outcome(table(), "paper", find(tmp_path)), "mola")["a"].scores == pytest.approx({0: 80.0, 1: 90.0})
+
+
+def test_markdown_latex_and_csv(tmp_path: Path) -> None:
+    found = made(tmp_path)
+    lines = as_markdown(found).splitlines()
+    at = lines.index("| method | A | B | C | mean |")
+    assert lines[at + 4].startswith("| LoRA | 50.0 ± 14.1 (paper 50: +0.0, within noise) | 60.0 ± 14.1 (paper 60.5) |")
+    latex = as_latex(found)
+    assert r"Other \& co\_ & not run" in latex and r"50.0 $\pm$ 14.1" in latex and r"\begin{tabular}{lrrrr}" in latex
+    rows = {(row["method"], row["column"]): row for row in csv.DictReader(io.StringIO(as_csv(found)))}
+    assert len(rows) == 16 and rows["lora", "a"]["runs"] == "sweep-1/tiny/lora/all/0 sweep-1/tiny/lora/all/1"
+    assert float(rows["lora", "a"]["mean"]) == pytest.approx(50.0) and rows["lora", "a"]["mark"] == "seen"
+    assert rows["other", "a"]["mean"] == "" and rows["other", "a"]["status"] == NOT_RUN
+    assert rows["mola", "a"]["paper low"] == "89.0"
+
+
+def rated(losses: dict[str, tuple[float, float]]) -> dict[str, str]:
+    """Runs of a rate sweep: rate -> validation losses of two seeds; the tuned score is the rate, to know them by."""
+    from tests.sweeps.made import results
+
+    made = {}
+    for rate, values in losses.items():
+        for seed, loss in enumerate(values):
+            content = results(scores(float(rate)))
+            content["training"]["stages"][-1]["eval_loss"] = loss
+            made[f"tiny/lora/all/lr-{rate}/{seed}"] = json.dumps(content)
+    return made
+
+
+def test_the_best_rate_by_validation_loss_is_the_one_shown(tmp_path: Path) -> None:
+    finished(tmp_path, rated({"0.1": (1.0, 1.4), "0.2": (1.1, 1.1), "0.9": (1.3, 1.3)}))
+    found = outcome(table(), "paper", find(tmp_path))
+    assert cells(found, "lora")["a"].scores == pytest.approx({0: 20.0, 1: 20.0})  # 0.9 scores best, and is not taken
+    assert found.notes == ("lora on tiny (all): lr-0.2 of 3 has the lowest validation loss (1.1000)",)
+
+
+def test_with_and_without_a_sweep_of_rates_is_no_choice(tmp_path: Path) -> None:
+    finished(tmp_path, {**rated({"0.1": (1.0, 1.0)}), "tiny/lora/all/0": scores(0.5)})
+    with pytest.raises(ConfigError, match="sweep-1/tiny/lora/all/0 was run without a sweep of rates"):
+        outcome(table(), "paper", find(tmp_path))
+
+
+def test_an_end_of_the_grid_and_a_grid_with_gaps(tmp_path: Path) -> None:
+    finished(tmp_path / "end", rated({"0.1": (1.0, 1.0), "0.2": (1.1, 1.1)}))
+    assert "at the end of the grid" in outcome(table(), "paper", find(tmp_path / "end")).notes[0]
+    finished(tmp_path / "gap", {**rated({"0.1": (1.0, 1.0)}), "tiny/lora/all/lr-0.2/0": None})
+    found = outcome(table(), "paper", find(tmp_path / "gap"))
+    assert cells(found, "lora")["a"].status == NOT_RUN and "no rate is chosen yet" in found.notes[0]
+
+
+def test_a_picture(tmp_path: Path) -> None:
+    from loramoe_train.reproduce.plot import check_plot, plot
+
+    pytest.importorskip("matplotlib")
+    found = made(tmp_path / "runs")
+    for name, begin in (("table.png", b"\x89PNG"), ("table.pdf", b"%PDF")):
+        check_plot(tmp_path / name)
+        plot(found, tmp_path / name)
+        assert (tmp_path / name).read_bytes().startswith(begin)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["runs", "table.pdf", "table.png"]
