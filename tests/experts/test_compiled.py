@@ -62,9 +62,16 @@ def check_same(plain, compiled, *, rtol=1e-4, atol=1e-6):
 # a graph for backward, too, takes thrice as long to make
 WITH_BACKWARD = ("lora, train", "lora_mixer, experts", "lora_mixer, routers")
 
+# of the other kinds of layer code: a decision for several linears, one by the task, one with a switch
+ALWAYS = (*WITH_BACKWARD, "mixlora, train", "moelora_task, train", "dynmole, train")
+ALL = [
+    pytest.param(case, marks=() if case in ALWAYS else pytest.mark.nightly)
+    for case in dict.fromkeys([*ALWAYS, *unlike_cases()])
+]
+
 
 @pytest.mark.slow
-@pytest.mark.parametrize("case", dict.fromkeys([*WITH_BACKWARD, *unlike_cases()]))
+@pytest.mark.parametrize("case", ALL)
 def test_every_recipe_gives_the_same_in_one_graph_compiled_once(case, tmp_path):
     recipe, stage = CASES[case]
     plain, compiled = compiled_and_not(recipe, tmp_path, backend="aot_eager" if case in WITH_BACKWARD else "eager")
