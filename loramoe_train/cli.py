@@ -6,6 +6,8 @@ and its exit code (errors.py); a traceback means a defect.
 
 import os
 import re
+import select
+import signal
 import sys
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -177,14 +179,29 @@ def _guard(job: Callable[[], None], cure: str = "the same command with resume=au
     end_on_signals()  # the training loop has handlers of its own meanwhile; submitit's for SIGUSR2 stays
     try:
         job()
+        sys.stdout.flush()
     except LoramoeError as error:
         _fail(str(error), error.exit_code)
+    except BrokenPipeError:
+        if not _reader_left():
+            raise
+        sys.exit(128 + signal.SIGPIPE)
     except KeyboardInterrupt:
         _fail("interrupted", Interrupted.exit_code)
     except Terminated as stop:
         _fail(f"stopped by {stop}; {cure}", SavedOnSignal.exit_code)
     except MemoryError:
         _fail("out of memory; lower trainer.micro_batch_size or data.max_length", OutOfMemoryError.exit_code)
+
+
+def _reader_left() -> bool:
+    """Whether nobody reads what we print any more, as behind `| head`; what is left of it then goes nowhere."""
+    watch = select.poll()
+    watch.register(sys.stdout.fileno(), 0)
+    if not watch.poll(0):  # it is another pipe that broke
+        return False
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    return True
 
 
 def _fail(message: str, code: int) -> None:

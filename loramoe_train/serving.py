@@ -3,7 +3,7 @@
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from loramoe_train.errors import ConfigError, nearest
+from loramoe_train.errors import ConfigError, DataError, nearest
 from loramoe_train.evaluation.tasks import base_name, known_benchmarks
 from loramoe_train.schema.run import RunConfig
 
@@ -38,7 +38,15 @@ def served_by(
     Raises:
         ConfigError: the routing depends on something that is not known for a benchmark, or `eval.serve_as` names what
             does not exist.
+        DataError: tasks and domains, which a stored adapter's manifest lists, are not those of its config.
     """
+    for task in tasks:
+        definition = config.data.definitions.get(task)
+        if definition is None or (definition.domain or task) not in domains:
+            what = "a task" if definition is None else f"the domain {definition.domain or task} of the task"
+            raise DataError(
+                f"tasks and domains of the mixture do not fit its config: {what} {task} is in one of them only"
+            )
     for benchmark, task in config.eval.serve_as.items():
         if base_name(benchmark) not in known_benchmarks():
             raise ConfigError(f"eval.serve_as: '{benchmark}' is no benchmark{nearest(benchmark, known_benchmarks())}")

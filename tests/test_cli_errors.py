@@ -9,7 +9,7 @@ import time
 import pytest
 
 from loramoe_train.cli import _guard, chosen_losses, normalised, ordered
-from tests.cli import command_in_this_process, run_cli
+from tests.cli import command_in_this_process, run_cli, start_cli
 from tests.conftest import ROOT
 
 RECIPE = "+recipe=lora_mixer"
@@ -132,6 +132,15 @@ def test_warnings_reach_the_screen(seeds, tmp_path):
         command, cwd=tmp_path, env=os.environ | {"PYTHONPATH": str(ROOT)}, capture_output=True, text=True
     )
     assert done.stderr.splitlines() == [f"WARNING loramoe_train.early: seed {seed}" for seed in seeds]
+
+
+@pytest.mark.parametrize("arguments", [("train", "--help"), ("train", "--cfg", "job"), ("eval", "--help")])
+def test_a_reader_that_has_seen_enough(arguments, tmp_path):
+    """As behind `| head -1`: no traceback."""
+    running = start_cli(*arguments, cwd=tmp_path)
+    running.stdout.close()
+    with running.stderr:
+        assert running.stderr.read() == "" and running.wait(60) == 128 + signal.SIGPIPE
 
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 75), (signal.SIGINT, 130)])

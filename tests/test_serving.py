@@ -5,7 +5,7 @@ import json
 import pytest
 from accelerate import Accelerator
 
-from loramoe_train.errors import ConfigError
+from loramoe_train.errors import ConfigError, DataError
 from loramoe_train.evaluation.harness import evaluate
 from loramoe_train.experts.adapters import save_adapter
 from loramoe_train.models import load_tokenizer
@@ -29,6 +29,15 @@ def test_what_routing_asks_for():
 def found(config, *benchmarks):
     domains = list(dict.fromkeys(config.data.definitions[task].domain or task for task in config.data.tasks))
     return served_by(config, benchmarks, tasks=config.data.tasks, domains=domains)
+
+
+@pytest.mark.parametrize(
+    ("tasks", "domains", "words"),
+    [(TASKS, TASKS[:1], "the domain tiny_sentiment of the task"), (("tiny_facts",), TASKS, "a task tiny_facts")],
+)
+def test_a_manifest_that_does_not_fit_its_config(tasks, domains, words):
+    with pytest.raises(DataError, match=f"{words}.* is in one of them only"):
+        served_by(composed("+recipe=lora", *TWO), ["tiny_grammar"], tasks=tasks, domains=domains)
 
 
 def test_the_task_that_names_a_benchmark_answers_it():
