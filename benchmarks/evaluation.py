@@ -24,7 +24,7 @@ from typing import Any
 
 from benchmarks.lm_eval_cli import Call, agreement, cpu_of_children, run_cli, shown, write_tasks
 from benchmarks.measure import arguments, finish, ratio, table, times
-from benchmarks.parity import SEVEN
+from benchmarks.parity import OPTIONS
 from loramoe_train.evaluation.check import check_benchmarks
 from loramoe_train.schema.evaluation import EvalConfig
 
@@ -70,18 +70,7 @@ def make_adapter(folder: Path, model: Path, data_root: str) -> tuple[Path, Path]
 
 
 def main(given: Sequence[str] | None = None) -> dict[str, Any]:
-    options = arguments(
-        "evaluation",
-        __doc__,
-        given,
-        data_root={"required": True},
-        model={"required": True},
-        tasks={"default": SEVEN},
-        limit={"type": int, "help": "rows of each benchmark"},
-        num_fewshot={"type": int, "help": "examples; default: each benchmark's own number"},
-        new_tokens={"type": int, "default": 128, "help": "longest generation"},
-        batch_size={"type": int, "default": 16, "help": "of lm-eval's command line"},
-    )
+    options = arguments("evaluation", __doc__, given, **OPTIONS)
     limit, rounds = options.limit or (8 if options.quick else 16), options.rounds or 1
     model, data_root = Path(options.model).expanduser().resolve(), str(Path(options.data_root).expanduser().resolve())
     wanted = {"limit": limit, "num_fewshot": options.num_fewshot, "max_new_tokens": options.new_tokens}

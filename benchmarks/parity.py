@@ -26,19 +26,19 @@ from loramoe_train.schema.evaluation import EvalConfig
 SEVEN = "gsm8k,humaneval,medqa_4options,cola,sst2,arc_easy,arc_challenge"
 
 
+OPTIONS: dict[str, dict[str, Any]] = {
+    "data_root": {"required": True},
+    "model": {"required": True},
+    "tasks": {"default": SEVEN},
+    "limit": {"type": int, "help": "rows of each benchmark"},
+    "num_fewshot": {"type": int, "help": "examples; default: each benchmark's own number"},
+    "new_tokens": {"type": int, "default": 128, "help": "longest generation"},
+    "batch_size": {"type": int, "default": 16, "help": "of lm-eval's command line"},
+}
+
+
 def main(given: Sequence[str] | None = None) -> dict[str, Any]:
-    options = arguments(
-        "parity",
-        __doc__,
-        given,
-        data_root={"required": True},
-        model={"required": True},
-        tasks={"default": SEVEN},
-        limit={"type": int, "help": "rows of each benchmark"},
-        num_fewshot={"type": int, "help": "examples; default: each benchmark's own number"},
-        new_tokens={"type": int, "default": 128, "help": "longest generation"},
-        batch_size={"type": int, "default": 16, "help": "of the command line"},
-    )
+    options = arguments("parity", __doc__, given, **OPTIONS)
     limit = options.limit or (4 if options.quick else 40)
     config = EvalConfig(
         limit=limit, num_fewshot=options.num_fewshot, max_new_tokens=options.new_tokens, allow_code_execution=True

@@ -91,7 +91,7 @@ def composed(*overrides: str) -> Any:
     from hydra import compose, initialize_config_dir
     from omegaconf import OmegaConf
 
-    from loramoe_train.cli import normalised, register
+    from loramoe_train.composition import normalised, register
     from loramoe_train.data.definitions import load_definitions
     from loramoe_train.paths import CONFIGS
     from loramoe_train.validation import validate

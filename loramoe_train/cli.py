@@ -1,31 +1,21 @@
 """The commands. Hydra composes, `validation.py` checks, then one function of the program gets a typed `RunConfig`.
 
-Nothing heavy is imported here: `--help` and `--cfg job` answer at once. Every LoramoeError becomes one line on stderr
-and its exit code (errors.py); a traceback means a defect.
+Nothing heavy is imported here: `--help` and `--cfg job` answer at once. `composition.py` turns Hydra's values into the
+config, `guard.py` errors into one line and an exit code.
 """
 
 import os
-import re
-import select
-import signal
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from functools import partial
-from pathlib import Path
 from typing import Any
 
-from loramoe_train.errors import (
-    ConfigError,
-    Interrupted,
-    LoramoeError,
-    OutOfMemoryError,
-    SavedOnSignal,
-    nearest,
-)
-from loramoe_train.paths import CONFIGS, recipe_files
+from loramoe_train.composition import is_sweep, normalised, ordered, register, typed_run, with_hydra_errors
+from loramoe_train.errors import ConfigError, LoramoeError
+from loramoe_train.guard import guard
+from loramoe_train.paths import CONFIGS
 from loramoe_train.schema.run import RunConfig
-from loramoe_train.training.signals import Terminated, end_on_signals, ignore_signals
-from loramoe_train.trust import guard_config_files, refuse_untyped
+from loramoe_train.trust import guard_config_files
 
 EVAL_HELP = """loramoe-eval PATH [KEY=VALUE ...]
     PATH: a run folder, a checkpoint or an adapter folder: its benchmarks, base and tuned; results go into that folder
@@ -115,7 +105,7 @@ def evaluate() -> None:
 
         evaluate_path(arguments[0], arguments[1:])
 
-    _guard(job, cure="the same command goes on")
+    guard(job, cure="the same command goes on")
 
 
 def compare() -> None:
@@ -129,7 +119,7 @@ def compare() -> None:
 
         show(sys.argv[1:])
 
-    _guard(job)
+    guard(job)
 
 
 def export() -> None:
@@ -143,7 +133,7 @@ def export() -> None:
 
         print(export(sys.argv[1:]))
 
-    _guard(job)
+    guard(job)
 
 
 def sweep() -> None:
@@ -157,7 +147,7 @@ def sweep() -> None:
 
         run(sys.argv[1:])
 
-    _guard(job)
+    guard(job)
 
 
 def reproduce() -> None:
@@ -168,46 +158,7 @@ def reproduce() -> None:
 
         run(sys.argv[1:])
 
-    _guard(job, cure="the same command goes on")
-
-
-def _guard(job: Callable[[], None], cure: str = "the same command with resume=auto goes on") -> None:
-    """Run `job`; one line and the right exit code for everything that a user can cause. `cure`: after a signal."""
-    # Threads of torch that wait by spinning starve each other where cores are shared: two runs on two cores took 15
-    # times as long. Read once, when torch is imported.
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-    end_on_signals()  # the training loop has handlers of its own meanwhile; submitit's for SIGUSR2 stays
-    try:
-        job()
-        sys.stdout.flush()
-    except LoramoeError as error:
-        _fail(str(error), error.exit_code)
-    except BrokenPipeError:
-        if not _reader_left():
-            raise
-        sys.exit(128 + signal.SIGPIPE)
-    except KeyboardInterrupt:
-        _fail("interrupted", Interrupted.exit_code)
-    except Terminated as stop:
-        _fail(f"stopped by {stop}; {cure}", SavedOnSignal.exit_code)
-    except MemoryError:
-        _fail("out of memory; lower trainer.micro_batch_size or data.max_length", OutOfMemoryError.exit_code)
-
-
-def _reader_left() -> bool:
-    """Whether nobody reads what we print any more, as behind `| head`; what is left of it then goes nowhere."""
-    watch = select.poll()
-    watch.register(sys.stdout.fileno(), 0)
-    if not watch.poll(0):  # it is another pipe that broke
-        return False
-    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-    return True
-
-
-def _fail(message: str, code: int) -> None:
-    ignore_signals()
-    print(f"loramoe: {' '.join(message.split())}", file=sys.stderr)
-    sys.exit(code)
+    guard(job, cure="the same command goes on")
 
 
 def _main(
@@ -231,9 +182,9 @@ def _main(
     @hydra.main(config_path=str(CONFIGS), config_name="train", version_base="1.3")
     def job(composed: DictConfig) -> None:
         try:
-            command(*_typed(composed, extras or {}, numbered=_is_sweep()))
+            command(*typed_run(composed, extras or {}, numbered=is_sweep()))
         except LoramoeError as error:
-            if _is_sweep():
+            if is_sweep():
                 raise
             refused.append(error)  # Hydra would print a line of its own before ours
 
@@ -241,167 +192,9 @@ def _main(
         if sweep is not None and ({"-m", "--multirun"} & set(sys.argv) or "hydra.mode=MULTIRUN" in sys.argv):
             from loramoe_train.sweeps.sweeper import take_over
 
-            take_over(partial(_typed, extras=extras or {}), sweep)
-        _with_hydra_errors(job)
+            take_over(partial(typed_run, extras=extras or {}), sweep)
+        with_hydra_errors(job)
         if refused:
             raise refused[0]
 
-    _guard(run)
-
-
-def _is_sweep() -> bool:
-    from hydra.core.hydra_config import HydraConfig
-    from hydra.types import RunMode
-
-    return HydraConfig.get().mode == RunMode.MULTIRUN
-
-
-def normalised(arguments: Sequence[str]) -> list[str]:
-    """The arguments with Hydra's `+` where it is a formality: before `recipe=`, and before keys below a free mapping
-    (`trainer.stages.mine.steps=5`, `data.sampling.weights.gsm8k=2`), which the schema cannot list.
-
-    A free mapping that is given whole (`trainer.stages={...}`) replaces the recipe's, where Hydra would merge the two.
-    """
-    from loramoe_train.schema.run import free_mappings
-
-    free = tuple(free_mappings())
-    found: list[str] = []
-    for argument in arguments:
-        key, equals, value = argument.partition("=")
-        whole = key in free and "." in key
-        if key == "recipe":
-            found.append(f"+{argument}")
-        elif whole and value.startswith("{"):
-            found += [f"~{key}", f"++{argument}"]
-        elif equals and (whole or any(key.startswith(f"{name}.") for name in free)):
-            found.append(f"++{argument}")
-        else:
-            found.append(argument)
-    return found
-
-
-def chosen_losses(terms: dict[str, Any] | None, overrides: Sequence[str]) -> dict[str, Any]:
-    """The terms of `aux_loss` without what a recipe sets of a loss that is not chosen: after `aux_loss=none` nothing is
-    left of its coefficients. What an override itself sets stays, and is refused later: its loss must have been meant.
-    """
-
-    def is_chosen(term: Any) -> bool:
-        return not isinstance(term, dict) or "_target_" in (term.get("make") or {})
-
-    keys = [text.lstrip("+~").partition("=")[0].split(".") for text in overrides]
-    named = {key[1] for key in keys if key[0] == "aux_loss" and len(key) > 1}
-    return {name: term for name, term in (terms or {}).items() if name in named or is_chosen(term)}
-
-
-def ordered(arguments: Sequence[str]) -> list[str]:
-    """Options such as `--multirun` before the overrides: Hydra's parser cannot take one in their midst."""
-
-    def is_override(argument: str) -> bool:
-        return not argument.startswith("-") and ("=" in argument or argument.startswith("~"))
-
-    return sorted(arguments, key=is_override)
-
-
-def register() -> None:
-    """Tell Hydra the schema's keys and defaults, and every recipe as an option of `recipe` over the whole config."""
-    import yaml
-    from hydra.core.config_store import ConfigStore
-
-    from loramoe_train.schema.run import defaults
-
-    ConfigStore.instance().store(name="schema", node=defaults())
-    for name, path in recipe_files().items():
-        group, _, leaf = f"recipe/{name}".rpartition("/")
-        ConfigStore.instance().store(
-            group=group, name=leaf, node=yaml.safe_load(path.read_text(encoding="utf-8")), package="_global_"
-        )
-
-
-def _typed(
-    composed: Any, extras: dict[str, tuple[str, ...]], *, numbered: bool = False
-) -> tuple[RunConfig, dict[str, Any]]:
-    """The run's config with the tasks' definitions filled in, and the command's own keys.
-
-    `numbered`: its folder is below the one given, as Hydra's own sweeps have it.
-    """
-    from hydra.core.hydra_config import HydraConfig
-    from omegaconf import OmegaConf
-    from omegaconf.errors import OmegaConfBaseException
-
-    from loramoe_train.data.definitions import load_definitions
-    from loramoe_train.validation import validate
-
-    try:
-        values: dict[str, Any] = OmegaConf.to_container(composed, resolve=True, throw_on_missing=True)  # type: ignore[assignment]
-    except OmegaConfBaseException as error:
-        key = getattr(error, "full_key", None) or "the config"
-        raise ConfigError(f"{key}: {str(error).splitlines()[0]}") from error
-    own = {}
-    for group, names in extras.items():
-        own[group] = values.pop(group, {})
-        for name in own[group]:
-            if name not in names:
-                raise ConfigError(f"unknown key {group}.{name}{nearest(name, names)}")
-    hydra_config = HydraConfig.get()
-    overrides = list(hydra_config.overrides.task)
-    refuse_untyped(values, overrides)
-    folders = [Path(s.path) / "data" / "task" for s in hydra_config.runtime.config_sources if s.schema == "file"]
-    values["aux_loss"] = chosen_losses(values["aux_loss"], overrides)
-    tasks, definitions = values["data"].get("tasks"), values["data"].get("definitions") or {}
-    if isinstance(tasks, list):
-        values["data"]["definitions"] = load_definitions([str(t) for t in tasks if t not in definitions], folders)
-        values["data"]["definitions"].update(definitions)
-    if numbered:
-        parent = values.get("run_dir")
-        values["run_dir"] = f"{parent}/{hydra_config.job.num}" if parent else hydra_config.runtime.output_dir
-    return validate(values), own
-
-
-def _with_hydra_errors(job: Callable[[], None]) -> None:
-    """Run a Hydra job; turn what Hydra says about the command line into our one line."""
-    from hydra.errors import HydraException, MissingConfigException
-    from omegaconf.errors import OmegaConfBaseException
-
-    try:
-        job()
-    except MissingConfigException as error:
-        wanted = str(error.missing_cfg_file or "")
-        if wanted.startswith("hydra/launcher/submitit"):
-            raise ConfigError("launcher=slurm needs hydra-submitit-launcher; install loramoe-train[slurm]") from error
-        group, _, name = wanted.rpartition("/")
-        options = [str(o) for o in error.options or []]
-        shown = f"{group}={name}" if group else wanted
-        raise ConfigError(f"unknown option {shown}{nearest(name, options)}") from error
-    except (HydraException, OmegaConfBaseException) as error:
-        raise ConfigError(_override_error(str(error))) from error
-
-
-def _override_error(text: str) -> str:
-    """One line for a refused override, with the nearest key or group that exists."""
-    unknown = re.search(r"Could not override '([^']+)'", text) or re.search(r"Key '([^']+)' is not in struct", text)
-    if unknown:
-        key = unknown.group(1)
-        known = _known_keys()
-        return f"unknown key or group '{key}'{nearest(key, known).split('; known')[0]}"
-    return " ".join(line.strip() for line in text.splitlines()[:3])
-
-
-def _known_keys() -> list[str]:
-    """Every key of the composed defaults, dotted, and every group."""
-    from hydra import compose, initialize_config_dir
-    from hydra.core.global_hydra import GlobalHydra
-    from omegaconf import OmegaConf
-
-    GlobalHydra.instance().clear()
-    with initialize_config_dir(str(CONFIGS), version_base="1.3"):
-        values = OmegaConf.to_container(compose("train"))
-    found = [path.name for path in CONFIGS.iterdir() if path.is_dir()] + ["recipe"]
-
-    def walk(value: Any, prefix: str) -> None:
-        if isinstance(value, dict):
-            for name, entry in value.items():
-                found.append(f"{prefix}{name}")
-                walk(entry, f"{prefix}{name}.")
-
-    walk(values, "")
-    return found
+    guard(run)

@@ -8,7 +8,7 @@ from hydra import compose, initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
 from omegaconf import OmegaConf
 
-from loramoe_train.cli import chosen_losses, normalised, register
+from loramoe_train.composition import chosen_losses, normalised, register
 from loramoe_train.data.definitions import load_definitions
 from loramoe_train.paths import CONFIGS, RECIPES, recipe_files
 from loramoe_train.schema.run import RunConfig

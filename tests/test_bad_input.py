@@ -34,7 +34,7 @@ ROW = '{"question": "1 + 1 =", "answer": " 2"}\n'
 PREFIX = "base_model.model.model.layers.0.self_attn.q_proj"
 
 
-def refused(cwd: Path, code: int, *words: str, arguments: tuple[str, ...], command: str = "train") -> str:
+def assert_refused(cwd: Path, code: int, *words: str, arguments: tuple[str, ...], command: str = "train") -> str:
     """Run, check the one line, and that no run folder was left half-written."""
     line = check_refused(run_forked(command, *arguments, cwd=cwd), code, *words)
     assert not half_written(cwd)
@@ -66,13 +66,13 @@ def test_data_files(text, code, words, tmp_path):
     if text is not None:
         (tmp_path / "data" / "rows.jsonl").write_text(text)
     # loramoe-data reads the same rows in the same way, and starts more quickly
-    refused(tmp_path, code, *words, command="data", arguments=(RECIPE, *MINE, f"data.root={tmp_path}/data"))
+    assert_refused(tmp_path, code, *words, command="data", arguments=(RECIPE, *MINE, f"data.root={tmp_path}/data"))
 
 
 def test_training_refuses_bad_data_too(tmp_path):
     (tmp_path / "rows.jsonl").write_text(ROW * 3 + "{\n")
     arguments = (RECIPE, *MINE, f"data.root={tmp_path}", "run_dir=run")
-    refused(tmp_path, 2, "rows.jsonl:4", arguments=arguments)
+    assert_refused(tmp_path, 2, "rows.jsonl:4", arguments=arguments)
     assert not (tmp_path / "run").exists(), "the corrected command must find the folder free"
 
 
@@ -95,7 +95,7 @@ def test_training_refuses_bad_data_too(tmp_path):
 )
 def test_refused_before_anything_is_written(arguments, code, words, tmp_path):
     given = arguments if any("recipe" in a for a in arguments) else [RECIPE, *arguments]
-    refused(tmp_path, code, *words, arguments=(*given, "run_dir=run"))
+    assert_refused(tmp_path, code, *words, arguments=(*given, "run_dir=run"))
     assert not list(tmp_path.iterdir())
 
 
@@ -107,7 +107,7 @@ def test_compiling_without_a_compiler(tmp_path):
 
 def test_a_pattern_that_matches_no_module(tmp_path):
     words = ("experts.sites", "'q_porj'", "did you mean 'q_proj'")
-    refused(tmp_path, 2, *words, arguments=(RECIPE, "experts.sites=[q_porj]", *SMALL, "run_dir=run"))
+    assert_refused(tmp_path, 2, *words, arguments=(RECIPE, "experts.sites=[q_porj]", *SMALL, "run_dir=run"))
     assert not (tmp_path / "run").exists(), "the corrected command must find the folder free"
 
 
@@ -127,12 +127,12 @@ def scramble_header(path: Path) -> None:
 @pytest.mark.parametrize("damage", [cut, pytest.param(scramble_header, marks=pytest.mark.slow)])
 def test_a_corrupted_base(damage, tiny, tmp_path):
     damage(tiny / "model.safetensors")
-    refused(tmp_path, 2, "model.safetensors is damaged", arguments=(RECIPE, f"model.path={tiny}", "run_dir=run"))
+    assert_refused(tmp_path, 2, "model.safetensors is damaged", arguments=(RECIPE, f"model.path={tiny}", "run_dir=run"))
 
 
 def test_a_base_without_its_weights(tiny, tmp_path):
     (tiny / "model.safetensors").unlink()
-    refused(tmp_path, 3, "lacks model.safetensors", arguments=(RECIPE, f"model.path={tiny}", "run_dir=run"))
+    assert_refused(tmp_path, 3, "lacks model.safetensors", arguments=(RECIPE, f"model.path={tiny}", "run_dir=run"))
     assert not (tmp_path / "run").exists()
 
 
@@ -161,14 +161,14 @@ def test_peft_adapters(config, damage, code, words, tmp_path):
     if damage:
         damage(folder / "adapter_model.safetensors")
     arguments = ("+recipe=lora_mixer_plug_and_play", f"experts.adapters=[{folder}]", "router.top_k=1")
-    refused(tmp_path, code, str(folder), *words, command="plan", arguments=arguments)
+    assert_refused(tmp_path, code, str(folder), *words, command="plan", arguments=arguments)
 
 
 @pytest.mark.slow
 def test_training_refuses_the_adapter_too(tmp_path):
     folder = write_adapter(tmp_path / "adapter", use_dora=True)
     arguments = ("+recipe=lora_mixer_plug_and_play", f"experts.adapters=[{folder}]", "router.top_k=1", *SMALL)
-    refused(tmp_path, 2, "DoRA", arguments=(*arguments, "run_dir=run"))
+    assert_refused(tmp_path, 2, "DoRA", arguments=(*arguments, "run_dir=run"))
 
 
 @pytest.fixture(scope="session")
@@ -195,9 +195,9 @@ def other_base(folder: Path) -> None:
 def test_an_adapter_for_another_base(short_run, tiny, tmp_path):
     other_base(tiny)
     arguments = (RECIPE, f"model.path={tiny}", f"init_from={short_run}", *SMALL, "run_dir=run")
-    refused(tmp_path, 2, "init_from=", "made for the base 'tiny'", arguments=arguments)
+    assert_refused(tmp_path, 2, "init_from=", "made for the base 'tiny'", arguments=arguments)
     before = {path: path.stat().st_mtime_ns for path in short_run.rglob("*")}
-    refused(
+    assert_refused(
         tmp_path,
         2,
         "made for the base 'tiny'",
@@ -210,19 +210,20 @@ def test_an_adapter_for_another_base(short_run, tiny, tmp_path):
 
 def test_our_own_adapter_corrupted(copied, tmp_path):
     cut(copied / "adapter.safetensors")
-    refused(tmp_path, 2, "adapter.safetensors is damaged", command="eval", arguments=(str(copied), "eval.limit=2"))
+    arguments = (str(copied), "eval.limit=2")
+    assert_refused(tmp_path, 2, "adapter.safetensors is damaged", command="eval", arguments=arguments)
 
 
 def test_eval_of_what_is_no_run(tmp_path):
-    refused(tmp_path, 3, "nowhere", command="eval", arguments=("nowhere",))
-    refused(tmp_path, 2, "folder first", command="eval", arguments=("eval.limit=2",))
-    refused(tmp_path, 3, "holds no adapter.json", command="eval", arguments=(str(tmp_path), "eval.limit=2"))
+    assert_refused(tmp_path, 3, "nowhere", command="eval", arguments=("nowhere",))
+    assert_refused(tmp_path, 2, "folder first", command="eval", arguments=("eval.limit=2",))
+    assert_refused(tmp_path, 3, "holds no adapter.json", command="eval", arguments=(str(tmp_path), "eval.limit=2"))
 
 
 @pytest.mark.slow
 def test_eval_of_a_broken_override(short_run, tmp_path):
-    refused(tmp_path, 2, "eval.tasks=[tiny", command="eval", arguments=(str(short_run), "eval.tasks=[tiny"))
-    refused(tmp_path, 2, "eval.limt", "'limit'", command="eval", arguments=(str(short_run), "eval.limt=2"))
+    assert_refused(tmp_path, 2, "eval.tasks=[tiny", command="eval", arguments=(str(short_run), "eval.tasks=[tiny"))
+    assert_refused(tmp_path, 2, "eval.limt", "'limit'", command="eval", arguments=(str(short_run), "eval.limt=2"))
 
 
 # -- output folder -----------------------------------------------------------------------------------------------------
@@ -230,8 +231,8 @@ def test_eval_of_a_broken_override(short_run, tmp_path):
 
 def test_an_output_folder_below_a_file(tmp_path):
     (tmp_path / "file").write_text("mine")
-    refused(tmp_path, 2, "run_dir=file/run", "cannot be written", arguments=(RECIPE, "run_dir=file/run"))
-    refused(tmp_path, 2, "run_dir=file", "cannot be written", arguments=(RECIPE, "run_dir=file"))
+    assert_refused(tmp_path, 2, "run_dir=file/run", "cannot be written", arguments=(RECIPE, "run_dir=file/run"))
+    assert_refused(tmp_path, 2, "run_dir=file", "cannot be written", arguments=(RECIPE, "run_dir=file"))
     assert (tmp_path / "file").read_text() == "mine"
 
 
@@ -240,7 +241,7 @@ def test_an_output_folder_without_permission(tmp_path):
     folder.mkdir(mode=0o555)
     if os.access(folder, os.W_OK):
         pytest.skip("this user may write everywhere")
-    refused(tmp_path, 2, "locked/run", "cannot be written", arguments=(RECIPE, f"run_dir={folder}/run"))
+    assert_refused(tmp_path, 2, "locked/run", "cannot be written", arguments=(RECIPE, f"run_dir={folder}/run"))
 
 
 @pytest.mark.slow
@@ -248,11 +249,11 @@ def test_a_file_system_that_takes_no_folder(tmp_path):
     """Even the super-user cannot write into /proc."""
     if not Path("/proc/self").exists():
         pytest.skip("no /proc here")
-    refused(tmp_path, 2, "run_dir=/proc/run", "cannot be written", arguments=(RECIPE, "run_dir=/proc/run"))
+    assert_refused(tmp_path, 2, "run_dir=/proc/run", "cannot be written", arguments=(RECIPE, "run_dir=/proc/run"))
 
 
 def test_an_output_folder_of_another_run(short_run, tmp_path):
-    refused(tmp_path, 2, "holds another run", "resume=auto", arguments=(RECIPE, f"run_dir={short_run}"))
+    assert_refused(tmp_path, 2, "holds another run", "resume=auto", arguments=(RECIPE, f"run_dir={short_run}"))
 
 
 # -- while running -----------------------------------------------------------------------------------------------------
@@ -261,7 +262,7 @@ def test_an_output_folder_of_another_run(short_run, tmp_path):
 def test_a_diverged_run_stops_and_keeps_its_checkpoint(tmp_path):
     settings = ("trainer.max_steps=20", "trainer.checkpoint_every=1", "trainer.lr=1e30", "trainer.clip_norm=null")
     arguments = (RECIPE, *SMALL, NO_EVAL, *settings, "trainer.warmup_fraction=0", "run_dir=run")
-    refused(tmp_path, 4, "stage experts, step", "tiny_", "checkpoint is kept", arguments=arguments)
+    assert_refused(tmp_path, 4, "stage experts, step", "tiny_", "checkpoint is kept", arguments=arguments)
     run_dir = tmp_path / "run"
     assert json.loads((run_dir / "diverged.json").read_text())["tasks"]
     kept = sorted((run_dir / "checkpoints").iterdir())[-1]

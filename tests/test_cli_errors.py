@@ -8,7 +8,8 @@ import time
 
 import pytest
 
-from loramoe_train.cli import _guard, chosen_losses, normalised, ordered
+from loramoe_train.composition import chosen_losses, normalised, ordered
+from loramoe_train.guard import guard
 from tests.cli import command_in_this_process, run_cli, start_cli
 from tests.conftest import ROOT
 
@@ -146,6 +147,6 @@ def test_a_reader_that_has_seen_enough(arguments, tmp_path):
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 75), (signal.SIGINT, 130)])
 def test_a_signal_outside_the_training_loop(number, code, capsys):
     with command_in_this_process(), pytest.raises(SystemExit) as stopped:
-        _guard(lambda: signal.raise_signal(number))
+        guard(lambda: signal.raise_signal(number))
     assert stopped.value.code == code
     assert capsys.readouterr().err.startswith("loramoe: ")

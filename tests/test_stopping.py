@@ -164,13 +164,13 @@ def test_a_second_ctrl_c_stops_the_command_at_once(tmp_path: Path) -> None:
 
 def ringing(number: int, name: str, arguments: tuple[str, ...]) -> None:
     """The command with a signal to itself when a function of run.py is called, and again while it leaves."""
-    from loramoe_train import cli, run
+    from loramoe_train import guard, run
 
     def ring(*given: Any, **named: Any) -> None:
         os.kill(os.getpid(), number)
         time.sleep(60)
 
-    fail = cli._fail
+    fail = guard.fail
 
     def fail_and_ring(message: str, code: int) -> None:
         try:
@@ -179,7 +179,7 @@ def ringing(number: int, name: str, arguments: tuple[str, ...]) -> None:
             os.kill(os.getpid(), signal.SIGTERM)
 
     setattr(run, name, ring)
-    cli._fail = fail_and_ring
+    guard.fail = fail_and_ring
     command("train", arguments)
 
 

@@ -15,7 +15,7 @@ import sys
 sys.path.insert(0, {site!r})
 from hydra import compose, initialize_config_dir
 from loramoe_train import paths
-from loramoe_train.cli import register
+from loramoe_train.composition import register
 assert str(paths.PACKAGE).startswith({site!r}), paths.PACKAGE
 register()
 with initialize_config_dir(str(paths.CONFIGS), version_base="1.3"):

@@ -6,14 +6,12 @@ A cell is never filled from the paper: its number is ours or there is none.
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
 
 from loramoe_train.errors import ConfigError, shown
 from loramoe_train.reproduce.folder import Found
 from loramoe_train.reproduce.runs import chosen, scale_of
 from loramoe_train.reproduce.schema import Number, PaperTable, Place, Scale
-from loramoe_train.sweeps.table import LIBRARIES, MADE_WITH
-from loramoe_train.trust import value_at
+from loramoe_train.sweeps.table import deviation, scored_otherwise
 
 MEASURED, NOT_RUN, NOT_COMPARABLE = "measured here", "not run", "not comparable"
 CONFIDENCE = 0.95
@@ -82,13 +80,6 @@ class Outcome:
         for rows in self.cells.values():
             for cells in rows.values():
                 yield from cells
-
-
-def deviation(values: Sequence[float]) -> float | None:
-    if len(values) < 2:
-        return None
-    mean = sum(values) / len(values)
-    return math.sqrt(sum((value - mean) ** 2 for value in values) / (len(values) - 1))
 
 
 def interval(values: Sequence[float]) -> tuple[float, float] | None:
@@ -271,34 +262,6 @@ def _other_data(found: Sequence[Found]) -> dict[tuple[str, str], str]:
 
 def _other_scoring(scale: Scale, found: Sequence[Found]) -> dict[tuple[str, str], str]:
     """(run id, benchmark) -> what is other there than in most runs, over methods and seeds of all bases."""
-    odd: dict[tuple[str, str], str] = {}
-    for name in dict.fromkeys(place.benchmark for place in scale.columns.values()):
-        made: dict[str, dict[str, Any]] = {}
-        for run in found:
-            entry = run.status.results.get("scores", {}).get(name)
-            if entry is not None:
-                versions = run.status.results.get("versions") or {}
-                libraries = {f"version of {key}": versions.get(key) for key in LIBRARIES}
-                # examples before the question are drawn by the run's seed, alike for every method
-                alike = {key: entry.get(key) for key in MADE_WITH if key != "fewshot_seed"}
-                definition = value_at(entry, "made_with.task.definition_sha256")
-                made[run.id] = {**alike, "definition": definition, "data": _rows(entry), **libraries}
-        rows = list(made.values())
-        if not rows:
-            continue
-        usual = max(rows, key=rows.count)
-        first = next(run for run, row in made.items() if row == usual)
-        for run_id, row in made.items():
-            key = next((key for key in row if row[key] != usual[key]), None)
-            if key is not None:
-                odd[run_id, name] = (
-                    f"{name} cannot be compared: {key} is {shown(row[key])} in {run_id} and {shown(usual[key])} in"
-                    f" {first}"
-                )
-    return odd
-
-
-def _rows(entry: Mapping[str, Any]) -> dict[str, Any]:
-    """What the benchmark's rows are, wherever their files lie."""
-    data = entry.get("data") or {}
-    return {split: file.get("sha256") if isinstance(file, Mapping) else file for split, file in data.items()}
+    results = {run.id: run.status.results for run in found}
+    names = dict.fromkeys(place.benchmark for place in scale.columns.values())
+    return {(run, name): text for name in names for run, text in scored_otherwise(results, name).items()}

@@ -7,7 +7,7 @@ from typing import Any
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from loramoe_train.cli import _with_hydra_errors, chosen_losses, normalised, register
+from loramoe_train.composition import chosen_losses, normalised, register, with_hydra_errors
 from loramoe_train.data.definitions import load_definitions
 from loramoe_train.errors import ConfigError, LoramoeError, nearest
 from loramoe_train.paths import CONFIGS
@@ -151,7 +151,7 @@ def compose_run(overrides: Sequence[str], typed: Sequence[str]) -> RunConfig:
             )
 
     try:
-        _with_hydra_errors(job)
+        with_hydra_errors(job)
     except OmegaConfBaseException as error:
         raise ConfigError(str(error).splitlines()[0]) from error
     refuse_untyped(values, typed)

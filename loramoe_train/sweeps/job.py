@@ -15,8 +15,8 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
-from loramoe_train.cli import _guard
 from loramoe_train.errors import DataError, MissingFileError, SavedOnSignal
+from loramoe_train.guard import guard
 from loramoe_train.rundir import RESULTS
 from loramoe_train.sweeps.sweep import Run, read_sweep
 from loramoe_train.training.signals import ignore_signals
@@ -108,7 +108,7 @@ def run_one(root: Path, number: int) -> None:
 
         train_run(config, settled)
 
-    _guard(job)
+    guard(job)
 
 
 def _as_one_run(run: Run, folder: Path) -> list[str]:

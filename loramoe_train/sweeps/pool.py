@@ -140,10 +140,10 @@ def start_in_background(sweep: Sweep, numbers: Sequence[int]) -> Path:
 
 def main() -> None:
     """`python -m loramoe_train.sweeps.pool ROOT NUMBER...`"""
-    from loramoe_train.cli import _guard
+    from loramoe_train.guard import guard
 
     root, *numbers = sys.argv[1:]
-    _guard(lambda: run_pool(read_sweep(Path(root)), list(map(int, numbers)), lambda line: print(line, flush=True)))
+    guard(lambda: run_pool(read_sweep(Path(root)), list(map(int, numbers)), lambda line: print(line, flush=True)))
 
 
 if __name__ == "__main__":

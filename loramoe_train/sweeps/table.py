@@ -6,12 +6,12 @@ compared only where they were made alike: same task definition, number of docume
 
 import csv
 import io
-import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from statistics import stdev
 from typing import Any
 
-from loramoe_train.errors import ConfigError, nearest
+from loramoe_train.errors import ConfigError, nearest, shown
 from loramoe_train.sweeps.status import DONE, RunStatus
 from loramoe_train.sweeps.sweep import Sweep
 from loramoe_train.trust import value_at
@@ -95,41 +95,44 @@ def _cell(
         return "/".join(sorted(states)) if states else "-"
     text = f"{sum(have) / len(have):.{digits}f}"
     if len(members) > 1:
-        text += f" ± {_deviation(have):.{digits}f}" if len(have) > 1 else ""
+        spread = deviation(have)
+        text += "" if spread is None else f" ± {spread:.{digits}f}"
         text += f" ({len(have)} of {len(members)})" if len(have) < len(members) else ""
     return text + star
 
 
-def _deviation(values: Sequence[float]) -> float:
-    mean = sum(values) / len(values)
-    return math.sqrt(sum((value - mean) ** 2 for value in values) / (len(values) - 1))
+def deviation(values: Sequence[float]) -> float | None:
+    """n - 1; None for fewer than two values."""
+    return stdev(values) if len(values) > 1 else None
 
 
 def _made_otherwise(sweep: Sweep, found: Sequence[RunStatus], names: Iterable[str]) -> dict[tuple[int, str], str]:
     """(run number, benchmark) -> what is other there than in most runs."""
-    odd: dict[tuple[int, str], str] = {}
-    for name in names:
-        made = {}
-        for each in found:
-            entry = each.results.get("scores", {}).get(name)
-            if entry is not None:
-                versions = each.results.get("versions") or {}
-                libraries = {f"version of {key}": versions.get(key) for key in LIBRARIES}
-                decided = {key: value_at(entry, place) for key, place in DECIDED_BY.items()}
-                made[each.run.number] = {**{key: entry.get(key) for key in MADE_WITH}, **decided, **libraries}
-        if not made:
-            continue
-        rows = list(made.values())
-        usual = max(rows, key=rows.count)
-        first = next(number for number, row in made.items() if row == usual)
-        for number, row in made.items():
-            for key in row:
-                if row[key] != usual[key]:
-                    odd[number, name] = (
-                        f"{name} cannot be compared: {key} is {row[key]} in {sweep.label(sweep.runs[number])} and"
-                        f" {usual[key]} in {sweep.label(sweep.runs[first])}"
-                    )
-                    break
+    results = {sweep.label(each.run): each.results for each in found}
+    numbers = {sweep.label(each.run): each.run.number for each in found}
+    odd = ((name, scored_otherwise(results, name)) for name in names)
+    return {(numbers[label], name): text for name, texts in odd for label, text in texts.items()}
+
+
+def scored_otherwise(results: Mapping[str, Mapping[str, Any]], name: str) -> dict[str, str]:
+    """Label of a run -> what is other there, in the making of a benchmark's score, than in most of these results."""
+    made = {}
+    for label, content in results.items():
+        entry, versions = content.get("scores", {}).get(name), content.get("versions") or {}
+        if entry is not None:
+            libraries = {f"version of {key}": versions.get(key) for key in LIBRARIES}
+            decided = {key: value_at(entry, place) for key, place in DECIDED_BY.items()}
+            made[label] = {**{key: entry.get(key) for key in MADE_WITH}, **decided, **libraries}
+    rows = list(made.values())
+    usual = max(rows, key=rows.count, default={})
+    first = next((label for label, row in made.items() if row == usual), "")
+    odd = {}
+    for label, row in made.items():
+        key = next((key for key in row if row[key] != usual[key]), None)
+        if key is not None:
+            odd[label] = (
+                f"{name} cannot be compared: {key} is {shown(row[key])} in {label} and {shown(usual[key])} in {first}"
+            )
     return odd
 
 

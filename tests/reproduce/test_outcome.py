@@ -72,7 +72,7 @@ def test_nothing_run_gives_a_table_without_a_number(tmp_path: Path) -> None:
         ({"n": 50}, "n is 50 in sweep-1/tiny/mola/all/0 and 100 in sweep-1/tiny/lora/all/0"),
         ({"made_with": {"task": {"definition_sha256": "d2"}}}, "definition is d2 in sweep-1/tiny/mola/all/0"),
         ({"version": "2.0"}, "version is 2.0 in sweep-1/tiny/mola/all/0"),
-        ({"data": {"test": {"sha256": "f00", "file": "x"}}}, "data is {'test': 'f00'} in sweep-1/tiny/mola/all/0"),
+        ({"made_with": {"task": {"data": {"test": "f00"}}}}, "the data is {'test': 'f00'} in sweep-1/tiny/mola/all/0"),
     ],
 )
 def test_scores_that_were_made_otherwise_are_refused_or_marked(tmp_path: Path, change: dict, words: str) -> None:
