@@ -192,11 +192,9 @@ def _show(table: PaperTable, options: Options, found: list["Found"], extra: list
     from loramoe_train.reproduce.compare import compare
     from loramoe_train.reproduce.outcome import outcome
 
-    if options.seeds is not None:
-        found = [each for each in found if each.seed in options.seeds]
     rows = {"methods": options.names("methods"), "bases": options.names("bases")}
     table = _beside(table, options)
-    result = outcome(table, options.scale, found, mark=options.get("mixed") == "mark", **rows)
+    result = outcome(table, options.scale, found, seeds=options.seeds, mark=options.get("mixed") == "mark", **rows)
     if options.get("format") == "csv":
         print(show.as_csv(result))
     else:

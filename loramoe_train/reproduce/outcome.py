@@ -101,21 +101,27 @@ def outcome(
     *,
     methods: Sequence[str] | None = None,
     bases: Sequence[str] | None = None,
+    seeds: Sequence[int] | None = None,
     mark: bool = False,
 ) -> Outcome:
-    """Put runs into cells.
+    """Put runs into cells; of tuned models those of `seeds`, if given.
 
     Raises ConfigError where scores of a column were made otherwise than others, or runs trained on other data, unless
     `mark`: then these cells get a star.
     """
     scale = scale_of(table, scale_name)
-    best, notes = _best_variants(found)
-    odd = {**_other_data(best), **_other_scoring(scale, best)}
+    best, notes = _best_variants([run for run in found if seeds is None or run.seed in seeds])
+    # the untuned base has no seed and no learning rate: whichever run scored it serves
+    places = scale.columns.values()
+    with_base = [run for run in found if any(_score(run, place, "base") is not None for place in places)]
+    every = [*best, *(run for run in with_base if run not in best)]
+    sources = {method: every if row.base else best for method, row in table.methods.items()}
+    odd = {**_other_data(best), **_other_scoring(scale, every)}
     if odd and not mark:
         raise ConfigError(f"{next(iter(odd.values()))}; mixed=mark shows the table all the same, with a star there")
     cells = {
         base: {
-            method: tuple(_cell(table, scale, best, odd, base, method, column) for column in table.columns)
+            method: tuple(_cell(table, scale, sources[method], odd, base, method, column) for column in table.columns)
             for method in chosen("methods", methods, table.methods)
         }
         for base in chosen("bases", bases, scale.bases)

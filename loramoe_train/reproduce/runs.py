@@ -109,11 +109,12 @@ def wanted(
                 composed = compose_run(given, typed)
             except LoramoeError as error:
                 raise type(error)(f"{method} on {base}: {error}") from error
-            scored = composed.eval.model_copy(update={"base": method == _scores_base(table, scale, base)})
-            trainer = same_order(composed.trainer)
-            config = composed.model_copy(update={"run_dir": root, "eval": scored, "trainer": trainer})
+            config = composed.model_copy(update={"run_dir": root, "trainer": same_order(composed.trainer)})
             for seed in seeds or scale.seeds:
-                seeded = config.model_copy(update={"seed": seed})
+                # the untuned base has no seed: one run scores it
+                with_base = method == _scores_base(table, scale, base) and seed == (seeds or scale.seeds)[0]
+                scored = config.eval.model_copy(update={"base": with_base})
+                seeded = config.model_copy(update={"seed": seed, "eval": scored})
                 found.append(Wanted(base, method, train, seed, "", str(row.recipe), seeded, tuple(given), composed))
     if not found:
         raise ConfigError("no row of this choice can be run here; loramoe-reproduce NAME run=false says why")
@@ -121,7 +122,7 @@ def wanted(
 
 
 def _scores_base(table: PaperTable, scale: Scale, base: str) -> str | None:
-    """The method whose runs score the untuned base too; it does not depend on the choice of rows."""
+    """The method of which a run scores the untuned base too; it does not depend on the choice of rows."""
     if not any(row.base for row in table.methods.values()):
         return None
     able = [method for _, method in pairs(table, scale, list(table.methods), [base])]
@@ -174,12 +175,14 @@ def same_order(trainer: TrainerConfig) -> TrainerConfig:
 
 
 def with_learning_rates(runs: Sequence[Wanted], factors: Sequence[float] = LR_FACTORS) -> list[Wanted]:
-    """Every run at every rate of a grid around its own; the routers' rates go with it."""
+    """Every run at every rate of a grid around its own; the routers' rates go with it. One of them scores the base."""
     found = []
     for run in runs:
         for factor in factors:
             trainer = _scaled(run.config.trainer, factor)
-            config = run.config.model_copy(update={"trainer": trainer})
+            with_base = run.config.eval.base and factor == factors[0]
+            scored = run.config.eval.model_copy(update={"base": with_base})
+            config = run.config.model_copy(update={"trainer": trainer, "eval": scored})
             found.append(replace(run, config=config, variant=f"lr-{trainer.lr:.3g}"))
     return found
 

@@ -31,8 +31,9 @@ def test_one_run_for_every_method_and_seed(runs: list[Wanted]) -> None:
     ]
     assert [run.config.seed for run in runs] == [0, 3] * 3
     assert {run.config.trainer.max_steps for run in runs} == {100}
-    # the base is scored once a seed, whatever rows are chosen
-    assert {run.method for run in runs if run.config.eval.base} == {"lora"}
+    # one run scores the base, whatever rows and rates are chosen
+    assert [run.folder for run in runs if run.config.eval.base] == ["tiny/lora/all/0"]
+    assert len([run for run in with_learning_rates(runs) if run.config.eval.base]) == 1
 
 
 def test_every_method_sees_the_same_examples_in_the_same_order(runs: list[Wanted]) -> None:
