@@ -62,8 +62,8 @@ def check_same(plain, compiled, *, rtol=1e-4, atol=1e-6):
 # a graph for backward, too, takes thrice as long to make
 WITH_BACKWARD = ("lora, train", "lora_mixer, experts", "lora_mixer, routers")
 
-# of the other kinds of layer code: a decision for several linears, one by the task, one with a switch
-ALWAYS = (*WITH_BACKWARD, "mixlora, train", "moelora_task, train", "dynmole, train")
+# of the other kinds of layer code: a decision for several linears, one with a switch
+ALWAYS = (*WITH_BACKWARD, "mixlora, train", "dynmole, train")
 ALL = [
     pytest.param(case, marks=() if case in ALWAYS else pytest.mark.nightly)
     for case in dict.fromkeys([*ALWAYS, *unlike_cases()])

@@ -9,7 +9,10 @@ from tests.conftest import make_llama
 from tests.test_routed_model import facts, ids_of, route, stir
 
 
-@pytest.mark.parametrize("router", ["topk", "top_p", "threshold", "entropy_switch"])
+@pytest.mark.parametrize(
+    "router",
+    ["topk", "entropy_switch", *(pytest.param(name, marks=pytest.mark.nightly) for name in ("top_p", "threshold"))],
+)
 def test_compiled_is_uncompiled(router):
     torch._dynamo.reset()
     sizes = ("experts.layout=3", "experts.rank=2", "experts.sites=[attn_in,attn_out]")

@@ -26,7 +26,7 @@ def stop(options: dict, number: int) -> tuple[int, str, str]:
     ("number", "code", "words"),
     [
         (signal.SIGTERM, 75, "stopped by SIGTERM after step 2"),
-        (signal.SIGUSR1, 75, "stopped by SIGUSR1 after step 2"),
+        pytest.param(signal.SIGUSR1, 75, "stopped by SIGUSR1 after step 2", marks=pytest.mark.nightly),
         (signal.SIGUSR2, 75, "stopped by SIGUSR2 after step 2"),
         (signal.SIGINT, 130, "stopped by Ctrl-C after step 2"),
     ],

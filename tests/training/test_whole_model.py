@@ -98,6 +98,7 @@ def test_a_stopped_run_goes_on_to_the_same_bits(tmp_path: Path) -> None:
     assert stored.keys() == expected.keys() and "model.embed_tokens.weight" in stored
 
 
+@pytest.mark.nightly
 def test_compiled_layers_give_the_same_gradients() -> None:
     whole = make_whole()
     whole.model.train().requires_grad_(True)

@@ -174,7 +174,10 @@ def test_the_best_checkpoint_is_spared_by_a_write_that_comes_later(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 75), (signal.SIGINT, 130), (signal.SIGKILL, -9)])
+@pytest.mark.parametrize(
+    ("number", "code"),
+    [(signal.SIGTERM, 75), pytest.param(signal.SIGINT, 130, marks=pytest.mark.nightly), (signal.SIGKILL, -9)],
+)
 def test_a_process_that_is_stopped_while_it_writes(number: int, code: int, tmp_path: Path) -> None:
     """Asked to stop it finishes both checkpoints; killed it leaves the former one."""
     trainer = {"checkpoint_every": 1, "keep": 10, "stages": ONE_STAGE}
