@@ -14,7 +14,7 @@ from loramoe_train.validation import trains_base
 
 GIB, MIB = 2**30, 2**20
 # what changes none of these numbers, or (the seed) only by which examples are drawn
-FREE = ("seed", "run_dir", "resume", "launcher", "trainer.lr", "trainer.router_lr")
+FREE = ("seed", "run_dir", "resume", "launcher", "eval", "trainer.lr", "trainer.router_lr")
 
 
 @dataclass(frozen=True)
@@ -95,6 +95,8 @@ def print_cost(
         f"{processes} process{'es' * (processes > 1)} a run; steps are optimizer steps, tokens estimates of what is"
         f" trained on, memory a lower bound (loramoe-plan of one run shows its parts), disk at most"
     )
+    if tokens is None:
+        console.print("unknown: the data or the tokenizer is not here; loramoe-plan of one run says which")
     if tokens_per_second:
         console.print(f"hours of training at {tokens_per_second:,.0f} tokens/s a run, evaluation not counted")
 

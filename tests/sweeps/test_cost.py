@@ -3,20 +3,26 @@
 import re
 from pathlib import Path
 
+import pytest
+
 from loramoe_train.planning import make_counts
-from loramoe_train.sweeps.cost import cost_of
+from loramoe_train.schema.run import RunConfig
+from loramoe_train.schema.trainer import TrainerConfig
+from loramoe_train.sweeps import cost
+from loramoe_train.sweeps.cost import cost_of, print_cost
 from tests.composing import composed
 from tests.forks import run_forked
+from tests.sweeps.made import combination
 
 
 def test_a_run_by_hand() -> None:
     config = composed("+recipe=mola", "trainer.max_steps=7", "trainer.batch_size=4", "trainer.keep=3")
-    cost, (counts, *_) = cost_of(config), make_counts(config)
+    found, (counts, *_) = cost_of(config), make_counts(config)
     weights = 4 * (counts.experts + counts.routers)
-    assert cost.steps == 7 and cost.tokens > 7 * 4
-    assert cost.checkpoint == weights + 8 * counts.trained  # AdamW's two moments
-    assert cost.on_disk == (3 + 1) * cost.checkpoint + 2 * weights
-    assert cost.memory > 4 * counts.base + weights
+    assert found.steps == 7 and found.tokens > 7 * 4
+    assert found.checkpoint == weights + 8 * counts.trained  # AdamW's two moments
+    assert found.on_disk == (3 + 1) * found.checkpoint + 2 * weights
+    assert found.memory > 4 * counts.base + weights
 
 
 def test_the_command_adds_up(tmp_path: Path) -> None:
@@ -38,6 +44,21 @@ def test_the_command_adds_up(tmp_path: Path) -> None:
     assert "1 process a run" in done.stdout
 
 
-def test_without_the_data_the_rest_is_told() -> None:
-    cost = cost_of(composed("+recipe=mola", "data=mola_six"))
-    assert cost.steps is None and cost.tokens is None and cost.memory > cost.checkpoint > 0
+def test_without_the_data_the_rest_is_told(capsys: pytest.CaptureFixture[str]) -> None:
+    found = cost_of(composed("+recipe=mola", "data=mola_six"))
+    assert found.steps is None and found.tokens is None and found.memory > found.checkpoint > 0
+    print_cost([combination("seed=0", data=composed("+recipe=mola", "data=mola_six").data)])
+    assert "the data or the tokenizer is not here" in " ".join(capsys.readouterr().out.split())
+
+
+def test_runs_that_cost_the_same_are_counted_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    counted: list[int] = []
+    monkeypatch.setattr(cost, "cost_of", lambda config, **_: counted.append(config.seed) or cost.Cost(1, 1.0, 1, 1, 1))
+    plain = composed("+recipe=mola")
+    other = {"seed": 1, "eval": plain.eval.model_copy(update={"base": False})}
+    print_cost([combination("seed=0"), combination("seed=1", **other), combination("seed=2", trainer=longer(plain))])
+    assert counted == [0, 0]
+
+
+def longer(config: RunConfig) -> TrainerConfig:
+    return config.trainer.model_copy(update={"max_steps": 9})
