@@ -27,6 +27,7 @@ loramoe-reproduce NAME [scale=tiny|small|paper] [KEY=VALUE ...]
     reference=METHOD         another method to compare with, and to take the budget from
     sweep=none|lr            five learning rates for every method; the best by validation loss is reported
     parameters=true          the paper's parameter counts, checked on models without weights; scale=paper does it anyway
+    parameters=all           ours for every row, too, where the paper gives none
     plot=FILE.png            the table as a picture (.pdf, .svg)
     plan=true                what it would cost; starts nothing. tokens_per_second=N: hours, too
     run=false                the table of what is there; starts nothing
@@ -43,7 +44,7 @@ KNOWN: dict[str, Sequence[str] | None] = {
     "budget": ("none", "equal", "active"),
     "reference": None,
     "sweep": ("none", "lr"),
-    "parameters": BOOLS,
+    "parameters": (*BOOLS, "all"),
     "plot": None,
     "format": ("text", "markdown", "latex", "csv"),
     "plan": BOOLS,
@@ -218,12 +219,15 @@ def _show(table: PaperTable, options: Options, found: list["Found"], extra: list
 
 def _figures(table: PaperTable, options: Options) -> list[tuple[str, list[str]]]:
     """The section of parameter counts, where it is wished for and the paper has any."""
-    wished = options.get("parameters") == "true" or (options.scale == "paper" and options.get("parameters") != "false")
-    if not wished or not table.parameters:
+    wished = options.get("parameters", "true" if options.scale == "paper" else "false")
+    if wished == "false" or "paper" not in table.scales:
         return []
-    from loramoe_train.reproduce.parameters import check_figures
+    from loramoe_train.reproduce.parameters import Counted
 
-    return [("Parameter counts", [checked.line(table) for checked in check_figures(table)])]
+    counted = Counted(table)
+    lines = [checked.line(table) for checked in counted.check_figures()]
+    lines += counted.without_a_figure() if wished == "all" else []
+    return [("Parameter counts", lines)] if lines else []
 
 
 def _print_sections(sections: Sequence[tuple[str, list[str]]]) -> None:

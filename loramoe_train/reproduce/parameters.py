@@ -5,7 +5,7 @@ from dataclasses import dataclass, replace
 
 from loramoe_train.errors import ConfigError
 from loramoe_train.planning import Counts, make_counts
-from loramoe_train.reproduce.runs import Wanted, compose_run
+from loramoe_train.reproduce.runs import Wanted, compose_run, pairs
 from loramoe_train.reproduce.schema import Figure, PaperTable
 from loramoe_train.schema.run import RunConfig
 
@@ -54,27 +54,47 @@ class Checked:
         )
 
 
-def check_figures(table: PaperTable) -> list[Checked]:
-    """Count what the paper gives a figure for, at its base. Raises LoramoeError as a run of it would."""
-    counted: dict[tuple[str, str], Counts] = {}
+class Counted:
+    """Counts of a table's methods on the bases of its scale `paper`, each made once, on a model without weights."""
 
-    def counts_of(base: str, method: str) -> Counts:
-        if (base, method) not in counted:
-            row, scale = table.methods[method], table.scales["paper"]
+    def __init__(self, table: PaperTable) -> None:
+        self.table, self._known = table, dict[tuple[str, str], Counts]()
+
+    def of(self, base: str, method: str) -> Counts:
+        """Raises LoramoeError as a run of it would."""
+        if (base, method) not in self._known:
+            row, scale = self.table.methods[method], self.table.scales["paper"]
             train = next(iter(scale.train.values()))
             given = [*scale.bases[base].overrides, *scale.overrides, *train, *row.overrides, *row.at.get("paper", ())]
-            counted[base, method] = make_counts(compose_run([f"recipe={row.recipe}", *given], ()))[0]
-        return counted[base, method]
+            self._known[base, method] = make_counts(compose_run([f"recipe={row.recipe}", *given], ()))[0]
+        return self._known[base, method]
 
-    found = []
-    for figure in table.parameters:
-        counts = counts_of(figure.base, figure.method)
-        ours = {"trained": counts.trained, "routers": counts.routers, "base": counts.base}[figure.part]
-        whole = counts.base if figure.of == "base" else counts.total
-        if figure.beside is not None:
-            whole = counts_of(figure.base, figure.beside).trained
-        found.append(Checked(figure, ours, whole))
-    return found
+    def check_figures(self) -> list[Checked]:
+        """Beside what the paper gives a figure for, our count."""
+        found = []
+        for figure in self.table.parameters:
+            counts = self.of(figure.base, figure.method)
+            ours = {"trained": counts.trained, "routers": counts.routers, "base": counts.base}[figure.part]
+            whole = counts.base if figure.of == "base" else counts.total
+            if figure.beside is not None:
+                whole = self.of(figure.base, figure.beside).trained
+            found.append(Checked(figure, ours, whole))
+        return found
+
+    def without_a_figure(self) -> list[str]:
+        """A line for every method and base of which the paper does not give what is trained."""
+        given = {(figure.base, figure.method) for figure in self.table.parameters if figure.part == "trained"}
+        bases = self.table.scales["paper"].bases
+        lines = []
+        for base, method in pairs(self.table, self.table.scales["paper"], list(self.table.methods), list(bases)):
+            if (base, method) not in given:
+                counts = self.of(base, method)
+                share = 100 * counts.trained / counts.base
+                lines.append(
+                    f"{self.table.methods[method].title} on {bases[base].title}: trained parameters here"
+                    f" {counts.trained:,}, {share:.3f} % of the base; the paper gives none"
+                )
+        return lines
 
 
 def equal_budgets(table: PaperTable, runs: Sequence[Wanted], budget: str) -> tuple[list[Wanted], list[str]]:

@@ -11,7 +11,7 @@ from loramoe_train.errors import ConfigError, DataError
 from loramoe_train.planning import make_counts
 from loramoe_train.reproduce import tables
 from loramoe_train.reproduce.folder import complete, find
-from loramoe_train.reproduce.parameters import check_figures, equal_budgets
+from loramoe_train.reproduce.parameters import Counted, equal_budgets
 from loramoe_train.reproduce.runs import Wanted, compose_run, same_run, wanted, with_learning_rates
 from loramoe_train.schema.run import RunConfig
 from loramoe_train.training.stages import plan_stages
@@ -147,21 +147,35 @@ def test_damaged_results_are_not_made_again_unasked(tmp_path: Path) -> None:
 
 
 def test_molas_counts_are_the_papers() -> None:
-    checked = check_figures(tables.load("mola_table1"))
+    checked = Counted(tables.load("mola_table1")).check_figures()
     assert len(checked) == 9 and all(each.matches for each in checked)
 
 
 def test_figures_of_other_papers() -> None:
     for name in ("flylora_mmlu", "comol_qwen3", "mixlora_single_task"):
-        assert all(each.matches for each in check_figures(tables.load(name))), name
+        assert all(each.matches for each in Counted(tables.load(name)).check_figures()), name
 
 
 def test_what_is_not_matched_is_said() -> None:
     table = tables.load("lora_mixer_table2")
-    trained, routers, mixlora, ratio = check_figures(table)
+    trained, routers, mixlora, ratio = Counted(table).check_figures()
     assert routers.matches and routers.ours == 3_145_728
     assert not trained.matches and trained.ours == 330_301_440 and "not matched: no usual rank" in trained.line(table)
     assert not mixlora.matches and not ratio.matches and ratio.of == mixlora.ours
+
+
+def test_rows_without_a_figure_have_our_count_alone() -> None:
+    """LoRA of rank 64, by arithmetic: q, k, v and o of Mistral-7B, in, x, dt and out of Falcon-Mamba-7B."""
+    table = tables.load("lora_mixer_table2")
+    only = {name: method for name, method in table.methods.items() if name in ("base", "lora")}
+    lines = Counted(table.model_copy(update={"methods": only, "parameters": []})).without_a_figure()
+    mistral = 32 * 64 * ((4096 + 4096) + 2 * (4096 + 1024) + (4096 + 4096))
+    mamba = 64 * 64 * ((4096 + 16384) + (8192 + 256 + 2 * 16) + (256 + 8192) + (8192 + 4096))
+    assert [line.partition("; ")[0] for line in lines] == [
+        f"LoRA on Falcon-Mamba-7B: trained parameters here {mamba:,}, 2.799 % of the base",
+        f"LoRA on Mistral-7B: trained parameters here {mistral:,}, 0.753 % of the base",
+        f"LoRA on LLaMA3-8B: trained parameters here {mistral:,}, 0.679 % of the base",
+    ]
 
 
 def test_no_usual_rank_gives_the_share_that_the_paper_prints() -> None:
