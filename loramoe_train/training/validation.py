@@ -70,11 +70,11 @@ def evaluate(
                     torch.no_grad(),
                     memory_errors("the evaluation of the loss"),
                     parts.context.open(facts) as records,
-                    autocast(accelerator.device, trainer),
                 ):
                     inputs = model_inputs(batch, mask_dtype(parts.model, trainer))
-                    losses_R = head.losses(parts.model, inputs, wanted)
-                    if own:
+                    with autocast(accelerator.device, trainer):
+                        losses_R = head.losses(parts.model, inputs, wanted)
+                    if own:  # outside of autocast, which would add up in bfloat16
                         routing_stats.add(records, facts)
                 if own:
                     total[0] += losses_R.double().sum()

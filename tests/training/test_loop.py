@@ -17,6 +17,7 @@ from loramoe_train.routing.layers import layer_of
 from loramoe_train.training.checkpoint import fault, find_latest
 from loramoe_train.training.memory import memory_errors
 from loramoe_train.training.parts import StageData, TrainingParts
+from loramoe_train.training.step import autocast
 from tests.training.harness import (
     TASKS,
     MadeUpData,
@@ -110,7 +111,8 @@ def test_the_evaluation_is_that_of_the_stage_s_routing(tmp_path: Path) -> None:
     assert set(line["task_loss"]) == set(TASKS)
 
 
-def test_the_routing_of_held_out_examples_is_that_of_inference(tmp_path: Path) -> None:
+@pytest.mark.parametrize("precision", ["no", "bf16"])
+def test_the_routing_of_held_out_examples_is_that_of_inference(tmp_path: Path, precision: str) -> None:
     """By hand: each task's sum of weights with the model as it is in evaluation, the mean over a layer's sites."""
 
     def one_expert_at_inference(spec: ExpertSpec, device: torch.device) -> Router:
@@ -119,16 +121,18 @@ def test_the_routing_of_held_out_examples_is_that_of_inference(tmp_path: Path) -
         return Router(score=router.score, train=router.policies[True], evaluate=best)
 
     parts = make_parts(router=one_expert_at_inference)
-    train(parts, make_trainer(stages={"s": {"steps": 2}}), tmp_path)
+    trainer = make_trainer(stages={"s": {"steps": 2}}, mixed_precision=precision)
+    train(parts, trainer, tmp_path)
     (line,), (in_training,) = read(tmp_path, "eval_routing"), read(tmp_path, "routing")
     assert line["layers"] != in_training["layers"] and line["sites"].keys() == in_training["sites"].keys()
     parts.model.eval()
     by_layer: dict[str, dict[str, list[torch.Tensor]]] = {}
     for task, (batch,) in parts.validation.items():
-        with torch.no_grad(), parts.context.open(batch.tokens()) as records:
+        cpu = torch.device("cpu")
+        with torch.no_grad(), parts.context.open(batch.tokens()) as records, autocast(cpu, trainer):
             parts.model(input_ids=batch.input_ids, attention_mask=batch.valid.long())
             for site, routing in records.items():
-                use_E = routing.weights_NE[batch.tokens().valid_N].sum(dim=0)
+                use_E = routing.weights_NE[batch.tokens().valid_N].double().sum(dim=0)
                 by_layer.setdefault(layer_of(site), {}).setdefault(task, []).append(use_E / use_E.sum())
     assert set(line["layers"]) == set(by_layer) and line["stage"] == "s" and line["step"] == 2
     for layer, tasks in by_layer.items():
