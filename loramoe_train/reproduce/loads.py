@@ -29,8 +29,8 @@ def last_record(run: Path, kinds: Sequence[str] = (HELD_OUT,)) -> dict[str, Any]
     found = next((newest[kind] for kind in kinds if kind in newest), None)
     if found is None:
         raise DataError(
-            f"{path} has no routing of held-out examples: the run has no routers, no held-out examples"
-            " (data.validation_examples=0), or an older version made it"
+            f"{path} has no routing of held-out examples: the run has no routers that decide token by token, or no"
+            " held-out examples (data.validation_examples=0), or an older version made it"
         )
     try:
         record = json.loads(found)
