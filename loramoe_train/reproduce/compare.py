@@ -27,6 +27,7 @@ class Compared:
     p_value: float | None  # paired over documents, their scores averaged over seeds; None where that cannot be done
     p_holm: float | None  # corrected for all rows of the base
     why: str  # where there is no p_value
+    words: tuple[str, str] = ("better", "worse")  # for more and for less
 
     @property
     def verdict(self) -> str:
@@ -37,7 +38,7 @@ class Compared:
         seeds = self.interval is None or not self.interval[0] <= 0 <= self.interval[1]
         if not (documents and seeds):
             return "within noise"
-        return "better" if self.difference > 0 else "worse"
+        return self.words[0] if self.difference > 0 else self.words[1]
 
     def line(self, outcome: Outcome) -> str:
         table = outcome.table
@@ -56,7 +57,7 @@ class Compared:
 
 
 def compare(outcome: Outcome, base: str) -> list[Compared]:
-    """All measured rows beside the reference on one base; columns that are means are tested over seeds alone."""
+    """All measured rows beside the reference on one base; means of columns and loads are tested over seeds alone."""
     reference = outcome.cells[base].get(str(outcome.table.reference))
     if reference is None:
         return []
@@ -68,17 +69,26 @@ def compare(outcome: Outcome, base: str) -> list[Compared]:
                 continue
             changes = [own.scores[seed] - other.scores[seed] for seed in seeds]
             test, why = _over_documents(outcome, own, other, seeds)
+            words = ("larger", "smaller") if _is_load(outcome, own.column) else ("better", "worse")
             p_value = test.p_value if test else None
-            mean = sum(changes) / len(changes)
-            found.append(Compared(base, method, own.column, mean, len(seeds), interval(changes), p_value, None, why))
+            mean, spread = sum(changes) / len(changes), interval(changes)
+            found.append(Compared(base, method, own.column, mean, len(seeds), spread, p_value, None, why, words))
     corrected = iter(holm([row.p_value for row in found if row.p_value is not None]))
     return [row if row.p_value is None else Compared(**{**vars(row), "p_holm": next(corrected)}) for row in found]
+
+
+def _is_load(outcome: Outcome, column: str) -> bool:
+    """Whether a column, or any that it is the mean of, is a load: which is neither good nor bad."""
+    names = (column, *outcome.table.columns[column].mean_of)
+    return any(place is not None and place.load is not None for place in map(outcome.settings.columns.get, names))
 
 
 def _over_documents(outcome: Outcome, own: Cell, other: Cell, seeds: list[int]) -> tuple[Paired | None, str]:
     place = outcome.settings.columns.get(own.column)
     if place is None:
         return None, "a mean of columns: tested over seeds alone"
+    if place.benchmark is None:
+        return None, "a load, which no document has: tested over seeds alone"
     try:
         first, second = (_documents(cell, place.benchmark, seeds) for cell in (other, own))
     except LoramoeError as error:

@@ -8,12 +8,14 @@ A later call with more seeds or rows adds a sweep with what is missing; nothing 
 import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path, PurePosixPath
 from typing import Any
 
 import yaml
 
 from loramoe_train.errors import ConfigError, DataError, SweepFailed
+from loramoe_train.reproduce.loads import last_record, share
 from loramoe_train.reproduce.runs import Wanted, same_run
 from loramoe_train.rundir import RESULTS, flatten
 from loramoe_train.sweeps.start import again, start
@@ -59,6 +61,14 @@ class Found:
     @property
     def done(self) -> bool:
         return self.status.state == DONE
+
+    def load(self, task: str | None, take: str) -> float:
+        """See `loads.share`; in per cent. Raises DataError."""
+        return share(self._record, task, take)
+
+    @cached_property
+    def _record(self) -> dict[str, Any]:
+        return last_record(self.path)
 
     def training_data(self) -> dict[str, Any]:
         """The group `data` of its config, flat, without the place of the files. Raises DataError."""

@@ -1,4 +1,5 @@
-"""What has been measured for every cell of a table, beside what the paper prints. Reads results.json files; no torch.
+"""What has been measured for every cell of a table, beside what the paper prints. Reads results.json files, and logs
+for routers' loads; no torch.
 
 A cell is never filled from the paper: its number is ours or there is none.
 """
@@ -7,11 +8,11 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
-from loramoe_train.errors import ConfigError, shown
+from loramoe_train.errors import ConfigError, DataError, shown
 from loramoe_train.reproduce.folder import Found
 from loramoe_train.reproduce.runs import chosen, scale_of
-from loramoe_train.reproduce.schema import Number, PaperTable, Place, Scale
-from loramoe_train.sweeps.table import deviation, scored_otherwise
+from loramoe_train.reproduce.schema import Load, Number, PaperTable, Place, Scale
+from loramoe_train.sweeps.table import LIBRARIES, deviation, scored_otherwise, told_apart
 
 MEASURED, NOT_RUN, NOT_COMPARABLE = "measured here", "not run", "not comparable"
 CONFIDENCE = 0.95
@@ -164,9 +165,9 @@ def _cell(
         }
         scores = {seed: score for seed, (_, score) in sorted(scored.items())}
         runs = tuple(run for run, _ in scored.values())
-        about_run = [(run.id, name) for run in runs for name in ("", place.benchmark if place else "")]
+        about_run = [(run.id, name) for run in runs for name in ("", place.name if place else "")]
         stars = [odd[key] for key in about_run if key in odd]
-        why = "" if scores else row.absent or _why_not(scale, base, method, about.absent, place, members)
+        why = "" if scores else _why_not(table, scale, base, method, column, members)
     if not scores:
         return Cell(base, method, column, NOT_RUN, why, **said)
     columns = (about, *(table.columns[name] for name in about.mean_of))
@@ -185,20 +186,39 @@ def _mean_of(parts: Sequence[Cell]) -> tuple[dict[int, float], tuple[Found, ...]
 
 
 def _score(run: Found, place: Place, side: str) -> float | None:
+    """In per cent; None where the run has none."""
+    if place.load is not None:
+        found = None if side == "base" else _load(run, place.load)
+        return found if isinstance(found, float) else None
     value = run.status.results.get("scores", {}).get(place.benchmark, {}).get(side)
     return 100 * value if isinstance(value, int | float) and not isinstance(value, bool) else None
 
 
-def _why_not(
-    scale: Scale, base: str, method: str, absent: str | None, place: Place | None, members: Sequence[Found]
-) -> str:
+def _load(run: Found, load: Load) -> float | str:
+    """In per cent, or why the run has none."""
+    if not run.done:
+        return run.status.state
+    try:
+        return run.load(load.task, load.take)
+    except DataError as error:
+        return str(error)
+
+
+def _why_not(table: PaperTable, scale: Scale, base: str, method: str, column: str, members: Sequence[Found]) -> str:
+    row, place = table.methods[method], scale.columns.get(column)
+    if row.absent:
+        return row.absent
     if method in scale.bases[base].without:
         return scale.bases[base].without[method]
     if place is None:
-        return absent or "this scale has no benchmark for it"
+        return table.columns[column].absent or "nothing measures it at this scale"
+    if place.load is not None and row.base:
+        return "the untuned base has no routers"
     for run in members:
         if not run.done:
             return f"{run.id} {run.status.state}{f': {run.status.why}' if run.status.why else ''}"
+        if place.load is not None:
+            return f"{run.id}: {_load(run, place.load)}"
         skipped = run.status.results.get("skipped") or {}
         if place.benchmark in skipped or "all" in skipped:
             return f"{run.id} skipped it: {skipped.get(place.benchmark, skipped.get('all'))}"
@@ -267,7 +287,17 @@ def _other_data(found: Sequence[Found]) -> dict[tuple[str, str], str]:
 
 
 def _other_scoring(scale: Scale, found: Sequence[Found]) -> dict[tuple[str, str], str]:
-    """(run id, benchmark) -> what is other there than in most runs, over methods and seeds of all bases."""
+    """(run id, what is measured) -> what is other there than in most runs, over methods and seeds of all bases."""
     results = {run.id: run.status.results for run in found}
-    names = dict.fromkeys(place.benchmark for place in scale.columns.values())
-    return {(run, name): text for name in names for run, text in scored_otherwise(results, name).items()}
+    odd = {}
+    for name, place in {place.name: place for place in scale.columns.values()}.items():
+        if place.load is None:
+            texts = scored_otherwise(results, name)
+        else:  # what it was measured on is a part of the training data, which is looked at beside
+            measured = [run for run in found if _score(run, place, "tuned") is not None]
+            versions = {run.id: run.status.results.get("versions") or {} for run in measured}
+            libraries = [key for key in LIBRARIES if key != "lm_eval"]
+            made = {run: {f"version of {key}": own.get(key) for key in libraries} for run, own in versions.items()}
+            texts = told_apart(made, name)
+        odd.update({(run, name): text for run, text in texts.items()})
+    return odd

@@ -22,7 +22,9 @@ def check_plot(path: Path) -> None:
 
 
 def plot(outcome: Outcome, path: Path) -> None:
-    """Draw one row of axes a base, one axis a column: a bar with its deviation for ours, a line for the paper's."""
+    """Draw one row of axes a base, one axis a column: a bar with its deviation for ours, a line for the paper's, or two
+    for an interval.
+    """
     import io
 
     import matplotlib
@@ -39,10 +41,12 @@ def plot(outcome: Outcome, path: Path) -> None:
                 cell = cells[number]
                 if cell.mean is not None:
                     axis.barh(place, cell.mean, xerr=cell.deviation, color="tab:blue", height=0.6)
-                if cell.paper is not None and cell.paper.value is not None:
+                paper = cell.paper
+                if paper is not None:
                     style = "solid" if cell.status == MEASURED else "dotted"
                     ends = [place - 0.4, place + 0.4]
-                    axis.plot([cell.paper.value] * 2, ends, color="tab:orange", linewidth=2, linestyle=style)
+                    for value in (paper.low, paper.high) if paper.value is None else (paper.value,):
+                        axis.plot([value] * 2, ends, color="tab:orange", linewidth=2, linestyle=style)
             axis.set_title(outcome.table.columns[name].title, fontsize=9)
             axis.set_xlim(0, 100)
             axis.set_ylim(len(titles) - 0.5, -0.5)

@@ -33,7 +33,7 @@ class Column(Strict):
     title: str
     rule: str  # how the paper scores it
     not_comparable: str | None = None  # why our number and the paper's cannot be set against each other
-    absent: str | None = None  # why it has no benchmark, or nothing to train on for it
+    absent: str | None = None  # why nothing measures it here, or nothing can be trained for it
     mean_of: list[str] = Field(default_factory=list)
 
 
@@ -44,12 +44,41 @@ class Base(Strict):
     without: dict[str, str] = Field(default_factory=dict)  # method -> why it is not run on this base
 
 
-class Place(Strict):
-    """Where a column's number comes from: a benchmark of the runs that were trained on a data set."""
+class Load(Strict):
+    """What the routers decide for the held-out examples of a run, as at inference: one expert's share of the weight, in
+    per cent, the mean over sites and layers.
+    """
 
-    benchmark: str
+    take: Literal["largest", "smallest"]  # of the experts' shares
+    task: str | None = None  # of the data set; null: the mean over its tasks, each counting alike
+
+    @property
+    def title(self) -> str:
+        return f"{self.take} expert's share of {self.task or 'all tasks'}"
+
+
+class Place(Strict):
+    """Where a column's number comes from: a benchmark, or the routers' load, of the runs trained on a data set."""
+
+    benchmark: str | None = None
+    load: Load | None = None
     train: str = "all"
     ours: str = ""  # how it is scored here
+
+    @model_validator(mode="after")
+    def _one_of_two(self) -> "Place":
+        if (self.benchmark is None) == (self.load is None):
+            raise ValueError("give exactly one of benchmark and load")
+        return self
+
+    @property
+    def name(self) -> str:
+        """What is measured; places of the same name measure the same."""
+        return self.load.title if self.load is not None else str(self.benchmark)
+
+    @property
+    def told(self) -> str:
+        return ", ".join(filter(None, (self.name, self.ours)))
 
 
 class Scale(Strict):

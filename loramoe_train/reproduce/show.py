@@ -73,7 +73,7 @@ def rules(outcome: Outcome) -> list[str]:
     found = []
     for name, column in outcome.table.columns.items():
         place = outcome.settings.columns.get(name)
-        ours = f"; here {place.benchmark}{f', {place.ours}' if place.ours else ''}" if place else ""
+        ours = f"; here {place.told}" if place else ""
         found.append(f"{column.title}: paper {column.rule}{ours}")
     return found
 
@@ -164,7 +164,7 @@ def as_csv(outcome: Outcome) -> str:
         column, printed = outcome.table.columns[cell.column], cell.paper or Number.model_construct()
         low, high = cell.interval or (None, None)
         place = outcome.settings.columns.get(cell.column)
-        ours = ", ".join(filter(None, (place.benchmark, place.ours))) if place else ""
+        ours = place.told if place else ""
         ids = " ".join(run.id for run in cell.runs)
         seeds = " ".join(map(str, cell.scores))
         numbers = (printed.value, printed.low, printed.high)

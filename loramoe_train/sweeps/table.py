@@ -123,8 +123,13 @@ def scored_otherwise(results: Mapping[str, Mapping[str, Any]], name: str) -> dic
             libraries = {f"version of {key}": versions.get(key) for key in LIBRARIES}
             decided = {key: value_at(entry, place) for key, place in DECIDED_BY.items()}
             made[label] = {**{key: entry.get(key) for key in MADE_WITH}, **decided, **libraries}
+    return told_apart(made, name)
+
+
+def told_apart(made: Mapping[str, Mapping[str, Any]], name: str) -> dict[str, str]:
+    """Label of a run -> in which key what its number of `name` was made with differs from that of most."""
     rows = list(made.values())
-    usual = max(rows, key=rows.count, default={})
+    usual: Mapping[str, Any] = max(rows, key=rows.count, default={})
     first = next((label for label, row in made.items() if row == usual), "")
     odd = {}
     for label, row in made.items():

@@ -8,6 +8,7 @@ Every line has `kind`, `step` (optimizer steps taken in the run) and `stage`:
 | train | loss, task_loss {task: nats}, aux {name: {raw, weighted, balanced}}, anchor, lr, grad_norm {group}, timing |
 | eval | loss, task_loss |
 | routing | sites {site: load, entropy, top_share, dead}, layers {layer: {task: share of each expert}}, alarms |
+| eval_routing | sites and layers as of a routing line, but of the held-out examples, routed as at inference |
 | skipped | not_finite {what: value}, tasks, examples: of a step that was left out |
 | stage | the stage's summary |
 
@@ -111,7 +112,7 @@ class Metrics:
         self._append({"kind": kind, "step": step, "stage": stage, **values})
         if self._accelerator.trackers:
             # load per expert and share per task stay in the file: thousands of curves help nobody
-            kept = {"sites": _site_scalars(values["sites"])} if kind == "routing" else values
+            kept = {"sites": _site_scalars(values["sites"])} if "sites" in values else values
             self._accelerator.log(flat(kept, prefix=f"{kind}/"), step=step)
 
     def _append(self, entry: Mapping[str, Any]) -> None:

@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
+from accelerate.utils import gather_object
 from torch import Tensor
 
 from loramoe_train.routing.layers import layer_of
@@ -78,6 +79,18 @@ class RoutingStats:
             self._stacks[sites] = stack_MK
             self._sums.update(zip(sites, stack_MK, strict=True))
         return stack_MK
+
+    def know_all_sites(self) -> None:
+        """Before `fetch`, where a rank may have had no batch at all: it counts zero for the sites that others saw. Call
+        it on every rank.
+        """
+        if self._accelerator.num_processes == 1:
+            return
+        sizes: dict[str, int] = {}
+        for those in gather_object([{site: len(sums_K) for site, sums_K in self._sums.items()}]):
+            sizes.update(those)
+        for site in sizes.keys() - self._sums.keys():
+            self._sums[site] = torch.zeros(sizes[site], dtype=torch.float64, device=self._accelerator.device)
 
     def fetch(self) -> dict[str, Any] | None:
         """All ranks' sums as shares, and start again; None if no router was asked. Call it on every rank.

@@ -275,11 +275,13 @@ class StageRun:
 
     def _evaluate(self) -> EvalResult:
         run = self.run
+        stats = RoutingStats(run.parts.task_names, run.accelerator, dead_load=run.trainer.watch.dead_load)
         result = evaluate(
             run.parts,
             run.accelerator,
             run.trainer,
             self.head,
+            routing_stats=stats,
             stop_requested=lambda: any(self._stop_flags_everywhere()),
         )
         if result is None:
@@ -292,6 +294,10 @@ class StageRun:
             )
         self.state.last_eval = result
         run.metrics.write("eval", self.step_number, self.plan.name, result.plain())
+        stats.know_all_sites()
+        routing = stats.fetch()
+        if routing is not None:
+            run.metrics.write("eval_routing", self.step_number, self.plan.name, routing)
         run.progress.say(f"{self.plan.name} {self.state.done}/{self.plan.steps}  eval loss {result.loss:.4f}")
         return result
 

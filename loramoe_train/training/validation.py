@@ -14,6 +14,7 @@ from loramoe_train.training.loss import LossHead, targets
 from loramoe_train.training.memory import memory_errors
 from loramoe_train.training.metrics import losses
 from loramoe_train.training.parts import TrainingParts
+from loramoe_train.training.routing_stats import RoutingStats
 from loramoe_train.training.sharding import is_shared_out
 from loramoe_train.training.step import autocast, mask_dtype, model_inputs
 
@@ -35,11 +36,13 @@ def evaluate(
     trainer: TrainerConfig,
     head: LossHead,
     *,
+    routing_stats: RoutingStats,
     stop_requested: Callable[[], bool] = lambda: False,
 ) -> EvalResult | None:
     """Loss over `parts.validation`; every rank takes its share of the batches and all get the same result.
 
-    The model's mode is what it was before, afterwards. `stop_requested` is asked between tasks, on every rank alike.
+    The model's mode is what it was before, afterwards. `routing_stats` is given what this rank's routers decide, as at
+    inference. `stop_requested` is asked between tasks, on every rank alike.
 
     Returns:
         None if the evaluation was given up because somebody asked to stop.
@@ -62,14 +65,17 @@ def evaluate(
                 if not own and not together:
                     continue
                 wanted, batch = targets(batch).to(accelerator.device), batch.to(accelerator.device)
+                facts = batch.tokens()
                 with (
                     torch.no_grad(),
                     memory_errors("the evaluation of the loss"),
-                    parts.context.open(batch.tokens()),
-                    autocast(accelerator.device, trainer),
+                    parts.context.open(facts) as records,
                 ):
                     inputs = model_inputs(batch, mask_dtype(parts.model, trainer))
-                    losses_R = head.losses(parts.model, inputs, wanted)
+                    with autocast(accelerator.device, trainer):
+                        losses_R = head.losses(parts.model, inputs, wanted)
+                    if own:  # outside of autocast, which would add up in bfloat16
+                        routing_stats.add(records, facts)
                 if own:
                     total[0] += losses_R.double().sum()
                     total[1] += len(losses_R)

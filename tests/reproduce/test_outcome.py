@@ -50,7 +50,7 @@ def test_a_missing_run_is_said_and_no_cell_is_filled_from_the_paper(tmp_path: Pa
     mola = cells(found, "mola")
     assert mola["a"].scores == {0: 80.0} and mola["a"].deviation is None and mola["a"].within_noise is None
     assert cell_text(mola["a"]) == "80.0 (paper 90 (89-91): -10.0)"
-    assert mola["c"].status == NOT_RUN and mola["c"].why == "this scale has no benchmark for it"
+    assert mola["c"].status == NOT_RUN and mola["c"].why == "nothing measures it at this scale"
     assert cells(found, "other")["a"].why == "nobody has it"
     assert {cell.mean for cell in cells(found, "other").values()} == {None}
     base = cells(found, "base")

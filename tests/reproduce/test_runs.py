@@ -64,6 +64,22 @@ def test_data_sets_of_their_own_and_rows_left_out(runs: list[Wanted]) -> None:
     assert [run.config.data.tasks for run in found] == [["tiny_grammar"], ["tiny_facts"]] * 2
 
 
+def test_figures_of_loads_run_no_benchmark_and_differ_in_the_loss_alone() -> None:
+    table = tables.load("lora_mixer_figures3_4")
+    found = {run.method: run.config for run in wanted(table, "paper", seeds=[0])}
+    assert {method: list(config.aux_loss) for method, config in found.items()} == {
+        "lora_mixer": ["routing_specialization"],
+        "without_rsl": ["load_balance"],
+        "none": [],
+    }
+    for config in found.values():
+        assert not config.eval.enabled and config.data.validation_examples * len(config.data.tasks) == 1001
+        assert [(s.train, s.routing) for s in config.trainer.stages.values()] == [
+            (["experts"], "by_domain"),
+            (["routers"], "learned"),
+        ]
+
+
 def test_what_is_typed_goes_to_every_run_and_is_checked() -> None:
     table = tables.load("lora_mixer_table2")
     (run,) = wanted(table, "tiny", typed=["trainer.max_steps=7"], methods=["lora"], seeds=[0])

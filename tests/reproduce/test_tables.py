@@ -20,11 +20,16 @@ each = pytest.mark.parametrize("name", NAMES)
 
 def test_the_tables_of_the_issue_are_there() -> None:
     wanted = {f"lora_mixer_table{n}" for n in (2, 3, 8, 9)} | {f"mola_table{n}" for n in (1, 2, 8)}
-    assert wanted | {"mixlora_single_task", "mixlora_multi_task"} <= set(NAMES)
+    assert wanted | {"lora_mixer_figures3_4", "mixlora_single_task", "mixlora_multi_task"} <= set(NAMES)
 
 
 def test_they_are_no_recipes() -> None:
     assert not any("paper" in name for name in recipe_files()) and "mola" in recipe_files()
+
+
+def tasks_of(overrides: list[str]) -> list[str]:
+    (data,) = (text.removeprefix("data=") for text in overrides if text.startswith("data="))
+    return yaml.safe_load((CONFIGS / "data" / f"{data}.yaml").read_text(encoding="utf-8"))["tasks"]
 
 
 @each
@@ -39,7 +44,10 @@ def test_a_table_names_recipes_groups_and_benchmarks_that_exist(name: str) -> No
             group, _, option = text.partition("=")
             assert group not in ("model", "data") or (CONFIGS / group / f"{option}.yaml").is_file(), text
         for place in scale.columns.values():
-            assert place.benchmark.partition("@")[0] in known
+            if place.load is None:
+                assert place.name.partition("@")[0] in known
+            else:
+                assert place.load.task is None or place.load.task in tasks_of(scale.train[place.train])
 
 
 @each

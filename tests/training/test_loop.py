@@ -11,14 +11,19 @@ import torch
 from rich.console import Console
 
 from loramoe_train.errors import ConfigError, DataError, DivergedError, LoramoeError, OutOfMemoryError
+from loramoe_train.experts.plan import ExpertSpec
+from loramoe_train.routers.router import Policy, Router
+from loramoe_train.routing.layers import layer_of
 from loramoe_train.training.checkpoint import fault, find_latest
 from loramoe_train.training.memory import memory_errors
 from loramoe_train.training.parts import StageData, TrainingParts
+from loramoe_train.training.step import autocast
 from tests.training.harness import (
     TASKS,
     MadeUpData,
     make_batch,
     make_parts,
+    make_router,
     make_trainer,
     train,
     weights,
@@ -104,6 +109,37 @@ def test_the_evaluation_is_that_of_the_stage_s_routing(tmp_path: Path) -> None:
     (line,) = read(tmp_path, "eval")
     assert parts.context.mode == "by_domain" and line["loss"] == pytest.approx(total / tokens, rel=1e-5)
     assert set(line["task_loss"]) == set(TASKS)
+
+
+@pytest.mark.parametrize("precision", ["no", "bf16"])
+def test_the_routing_of_held_out_examples_is_that_of_inference(tmp_path: Path, precision: str) -> None:
+    """By hand: each task's sum of weights with the model as it is in evaluation, the mean over a layer's sites."""
+
+    def one_expert_at_inference(spec: ExpertSpec, device: torch.device) -> Router:
+        router = make_router(spec, device)
+        best = Policy(lambda p_NE: p_NE == p_NE.amax(dim=-1, keepdim=True))
+        return Router(score=router.score, train=router.policies[True], evaluate=best)
+
+    parts = make_parts(router=one_expert_at_inference)
+    trainer = make_trainer(stages={"s": {"steps": 2}}, mixed_precision=precision)
+    train(parts, trainer, tmp_path)
+    (line,), (in_training,) = read(tmp_path, "eval_routing"), read(tmp_path, "routing")
+    assert line["layers"] != in_training["layers"] and line["sites"].keys() == in_training["sites"].keys()
+    parts.model.eval()
+    by_layer: dict[str, dict[str, list[torch.Tensor]]] = {}
+    for task, (batch,) in parts.validation.items():
+        cpu = torch.device("cpu")
+        with torch.no_grad(), parts.context.open(batch.tokens()) as records, autocast(cpu, trainer):
+            parts.model(input_ids=batch.input_ids, attention_mask=batch.valid.long())
+            for site, routing in records.items():
+                use_E = routing.weights_NE[batch.tokens().valid_N].double().sum(dim=0)
+                by_layer.setdefault(layer_of(site), {}).setdefault(task, []).append(use_E / use_E.sum())
+    assert set(line["layers"]) == set(by_layer) and line["stage"] == "s" and line["step"] == 2
+    for layer, tasks in by_layer.items():
+        for task, shares in tasks.items():
+            mean = torch.stack(shares).mean(dim=0).tolist()
+            assert line["layers"][layer][task] == pytest.approx(mean, abs=2e-5)
+            assert max(mean) - min(mean) > 1e-3  # even loads would prove nothing
 
 
 def test_rotation_keeps_best_and_stage_ends(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
