@@ -10,6 +10,7 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any
 
+from loramoe_train.choices import check_choices, check_options
 from loramoe_train.composition import is_sweep, normalised, ordered, register, typed_run, with_hydra_errors
 from loramoe_train.errors import ConfigError, LoramoeError
 from loramoe_train.guard import guard
@@ -189,6 +190,8 @@ def _main(
             refused.append(error)  # Hydra would print a line of its own before ours
 
     def run() -> None:
+        check_options(sys.argv[1:])
+        check_choices(sys.argv[1:])
         if sweep is not None and ({"-m", "--multirun"} & set(sys.argv) or "hydra.mode=MULTIRUN" in sys.argv):
             from loramoe_train.sweeps.sweeper import take_over
 

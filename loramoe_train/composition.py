@@ -8,7 +8,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from loramoe_train.errors import ConfigError, nearest
+from loramoe_train.choices import MALFORMED
+from loramoe_train.errors import ConfigError, nearest, shown
 from loramoe_train.paths import CONFIGS, recipe_files
 from loramoe_train.schema.run import RunConfig
 from loramoe_train.trust import refuse_untyped
@@ -93,7 +94,6 @@ def typed_run(
     from omegaconf import OmegaConf
     from omegaconf.errors import OmegaConfBaseException
 
-    from loramoe_train.data.definitions import load_definitions
     from loramoe_train.validation import validate
 
     try:
@@ -112,33 +112,47 @@ def typed_run(
     refuse_untyped(values, overrides)
     folders = [Path(s.path) / "data" / "task" for s in hydra_config.runtime.config_sources if s.schema == "file"]
     values["aux_loss"] = chosen_losses(values["aux_loss"], overrides)
-    tasks, definitions = values["data"].get("tasks"), values["data"].get("definitions") or {}
-    if isinstance(tasks, list):
-        values["data"]["definitions"] = load_definitions([str(t) for t in tasks if t not in definitions], folders)
-        values["data"]["definitions"].update(definitions)
+    define_tasks(values["data"], folders)
     if numbered:
         parent = values.get("run_dir")
         values["run_dir"] = f"{parent}/{hydra_config.job.num}" if parent else hydra_config.runtime.output_dir
     return validate(values), own
 
 
+def define_tasks(data: dict[str, Any], folders: Sequence[Path]) -> None:
+    """Fill in `data.definitions` for the tasks that have none. What is no list of names is left for validation."""
+    from loramoe_train.data.definitions import load_definitions
+
+    tasks, own = data.get("tasks"), data.get("definitions") or {}
+    if isinstance(tasks, list) and isinstance(own, dict) and all(isinstance(task, str) for task in tasks):
+        data["definitions"] = {**load_definitions([task for task in tasks if task not in own], folders), **own}
+
+
 def with_hydra_errors(job: Callable[[], None]) -> None:
     """Run a Hydra job; turn what Hydra says about the command line into our one line."""
-    from hydra.errors import HydraException, MissingConfigException
+    from hydra.errors import HydraException, MissingConfigException, OverrideParseException
     from omegaconf.errors import OmegaConfBaseException
 
     try:
         job()
     except MissingConfigException as error:
         wanted = str(error.missing_cfg_file or "")
+        if not wanted:  # --config-path
+            raise ConfigError(str(error).splitlines()[0]) from error
         if wanted.startswith("hydra/launcher/submitit"):
             raise ConfigError("launcher=slurm needs hydra-submitit-launcher; install loramoe-train[slurm]") from error
         group, _, name = wanted.rpartition("/")
         options = [str(o) for o in error.options or []]
-        shown = f"{group}={name}" if group else wanted
-        raise ConfigError(f"unknown option {shown}{nearest(name, options)}") from error
+        missing = f"{group}={name}" if group else wanted
+        raise ConfigError(f"unknown option {missing}{nearest(name, options)}") from error
+    except OverrideParseException as error:
+        raise ConfigError(f"{shown(error.override)}: {_unreadable(error.override)}") from error
     except (HydraException, OmegaConfBaseException) as error:
         raise ConfigError(_override_error(str(error))) from error
+
+
+def _unreadable(override: str) -> str:
+    return MALFORMED if "=" in override else "is neither an option nor KEY=VALUE"
 
 
 def _override_error(text: str) -> str:
@@ -148,6 +162,14 @@ def _override_error(text: str) -> str:
         key = unknown.group(1)
         known = _known_keys()
         return f"unknown key or group '{key}'{nearest(key, known).split('; known')[0]}"
+    twice = re.search(r"Multiple values for ([^.]+)\.", text)
+    if twice:
+        group = twice.group(1)
+        return f"{group} is chosen already; give {group}=OPTION without +, or in a file `override /{group}: OPTION`"
+    several = re.search(r"Ambiguous value for argument '(.+)'", text)
+    if several:
+        key, _, values = several.group(1).partition("=")
+        return f"{shown(several.group(1))}: several values are a sweep and need --multirun; a list is {key}=[{values}]"
     return " ".join(line.strip() for line in text.splitlines()[:3])
 
 
