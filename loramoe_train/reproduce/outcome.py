@@ -8,6 +8,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from loramoe_train.errors import ConfigError, shown
+from loramoe_train.reproduce.changed import told
 from loramoe_train.reproduce.folder import Found
 from loramoe_train.reproduce.runs import chosen, scale_of
 from loramoe_train.reproduce.schema import Number, PaperTable, Place, Scale
@@ -121,7 +122,10 @@ def outcome(
         raise ConfigError(f"{next(iter(odd.values()))}; mixed=mark shows the table all the same, with a star there")
     cells = {
         base: {
-            method: tuple(_cell(table, scale, sources[method], odd, base, method, column) for column in table.columns)
+            method: tuple(
+                told(_cell(table, scale, sources[method], odd, base, method, column), table, scale_name)
+                for column in table.columns
+            )
             for method in chosen("methods", methods, table.methods)
         }
         for base in chosen("bases", bases, scale.bases)
@@ -224,7 +228,7 @@ def _best_variants(found: Sequence[Found]) -> tuple[list[Found], list[str]]:
         losses = {}
         for name, runs in variants.items():
             values = [loss for run in runs if (loss := _validation_loss(run)) is not None]
-            if len(values) == len(runs) == len(seeds):
+            if len(values) == len(runs) and {run.seed for run in runs} == seeds:
                 losses[name] = sum(values) / len(values)
         if len(losses) < len(variants):  # a part of the grid would be another, easier choice for this method
             waiting = [run for runs in variants.values() for run in runs if _validation_loss(run) is None]

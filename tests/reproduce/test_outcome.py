@@ -3,12 +3,13 @@
 import csv
 import io
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from loramoe_train.errors import ConfigError, DataError
-from loramoe_train.reproduce.folder import find
+from loramoe_train.reproduce.folder import Found, find
 from loramoe_train.reproduce.outcome import MEASURED, NOT_COMPARABLE, NOT_RUN, Outcome, outcome
 from loramoe_train.reproduce.show import as_csv, as_latex, as_markdown, cell_text, statuses
 from tests.reproduce.made import finished, scores, table
@@ -192,3 +193,36 @@ def test_a_picture(tmp_path: Path) -> None:
         plot(found, tmp_path / name)
         assert (tmp_path / name).read_bytes().startswith(begin)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["runs", "table.pdf", "table.png"]
+
+
+def given(run: Found, *typed: str, computed: tuple[str, ...] = ()) -> Found:
+    """The run as if the command line had said this of it."""
+    own = (
+        f"recipe={run.method}",
+        "model=tiny",
+        "data=tiny",
+        *(["experts.layout=2468"] if run.method == "mola" else []),
+    )
+    overrides = (*own, *typed, "eval.base=true", *computed, "seed=0")
+    return replace(run, status=replace(run.status, run=replace(run.status.run, overrides=overrides)))
+
+
+def test_a_run_with_less_than_the_table_says_is_not_set_against_the_paper(tmp_path: Path) -> None:
+    finished(tmp_path, RUNS)
+    runs = find(tmp_path)
+    elsewhere = ("launcher.array_parallelism=2", "data.root=x", "trainer.micro_batch_size=1")
+    same = outcome(table(), "paper", [given(run, *elsewhere, computed=("trainer.lr=0.1",)) for run in runs])
+    assert cells(same, "lora")["a"].status == MEASURED and cells(same, "lora")["a"].difference is not None
+
+    short = outcome(table(), "paper", [given(run, "trainer.max_steps=3") for run in runs])
+    lora = cells(short, "lora")
+    assert (lora["a"].status, lora["a"].difference) == (NOT_COMPARABLE, None) and lora["a"].mean == pytest.approx(50.0)
+    assert lora["a"].why == "run with trainer.max_steps=3, which the table does not say"
+    assert lora["b"].why == "another judge; run with trainer.max_steps=3, which the table does not say"
+    assert cells(short, "base")["a"].status == MEASURED  # which nobody trained
+
+    few = outcome(table(), "paper", [given(run, "eval.limit=4") for run in runs])
+    assert {cells(few, row)["a"].status for row in ("base", "lora", "mola")} == {NOT_COMPARABLE}
+
+    budget = outcome(table(), "paper", [given(run, computed=("experts.rank=7", "experts.alpha=14.0")) for run in runs])
+    assert "experts.rank=7" in cells(budget, "mola")["a"].why and cells(budget, "base")["a"].status == MEASURED
