@@ -3,8 +3,9 @@
 Nothing heavy is imported here, nor Hydra before it is needed.
 """
 
+import math
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,8 @@ from loramoe_train.errors import ConfigError, nearest, shown
 from loramoe_train.paths import CONFIGS, recipe_files
 from loramoe_train.schema.run import RunConfig
 from loramoe_train.trust import refuse_untyped
+
+Extras = Mapping[str, Mapping[str, type]]  # a command's own keys by group: name -> int, float or bool
 
 
 def is_sweep() -> bool:
@@ -83,9 +86,7 @@ def register() -> None:
         )
 
 
-def typed_run(
-    composed: Any, extras: dict[str, tuple[str, ...]], *, numbered: bool = False
-) -> tuple[RunConfig, dict[str, Any]]:
+def typed_run(composed: Any, extras: Extras, *, numbered: bool = False) -> tuple[RunConfig, dict[str, Any]]:
     """The run's config with the tasks' definitions filled in, and the command's own keys.
 
     `numbered`: its folder is below the one given, as Hydra's own sweeps have it.
@@ -101,12 +102,7 @@ def typed_run(
     except OmegaConfBaseException as error:
         key = getattr(error, "full_key", None) or "the config"
         raise ConfigError(f"{key}: {str(error).splitlines()[0]}") from error
-    own = {}
-    for group, names in extras.items():
-        own[group] = values.pop(group, {})
-        for name in own[group]:
-            if name not in names:
-                raise ConfigError(f"unknown key {group}.{name}{nearest(name, names)}")
+    own = {group: own_keys(group, kinds, values.pop(group, {})) for group, kinds in extras.items()}
     hydra_config = HydraConfig.get()
     overrides = list(hydra_config.overrides.task)
     refuse_untyped(values, overrides)
@@ -117,6 +113,24 @@ def typed_run(
         parent = values.get("run_dir")
         values["run_dir"] = f"{parent}/{hydra_config.job.num}" if parent else hydra_config.runtime.output_dir
     return validate(values), own
+
+
+def own_keys(group: str, kinds: Mapping[str, type], given: Any) -> dict[str, Any]:
+    """A command's own keys that were given a value. Raises ConfigError for another key, and for a value that is no
+    positive number, or true or false, as it should be."""
+    if not isinstance(given, dict):
+        raise ConfigError(f"{group}={shown(given)}: give +{group}.KEY=VALUE{nearest('', kinds)}")
+    for name, value in given.items():
+        if name not in kinds:
+            raise ConfigError(f"unknown key {group}.{name}{nearest(name, kinds)}")
+        kind = kinds[name]
+        if value is None or (kind is bool and isinstance(value, bool)):
+            continue
+        number = isinstance(value, int if kind is int else int | float) and not isinstance(value, bool)
+        if kind is bool or not (number and 0 < value < math.inf):
+            wanted = {bool: "true or false", int: "a whole number above 0", float: "a number above 0"}[kind]
+            raise ConfigError(f"{group}.{name}={shown(value)} must be {wanted}")
+    return {name: value for name, value in given.items() if value is not None}
 
 
 def define_tasks(data: dict[str, Any], folders: Sequence[Path]) -> None:

@@ -8,8 +8,10 @@ import time
 
 import pytest
 
-from loramoe_train.composition import chosen_losses, normalised, ordered
+from loramoe_train.composition import chosen_losses, define_tasks, normalised, ordered, own_keys
+from loramoe_train.errors import ConfigError
 from loramoe_train.guard import guard
+from loramoe_train.paths import CONFIGS
 from tests.cli import command_in_this_process, run_cli, start_cli
 from tests.conftest import ROOT
 
@@ -59,6 +61,10 @@ RECIPE = "+recipe=lora_mixer"
         ([RECIPE, "trainer.lr=inf"], 2, ["trainer.lr=inf", "finite"]),
         ([RECIPE, "trainer.stages={a: {train: [router]}}"], 2, ["trainer.stages.a.train.0=router", "'routers'"]),
         ([RECIPE, "no_equal_sign"], 2, ["no_equal_sign"]),
+        ([RECIPE, "eval=null"], 2, ["eval=null", "choose one of default, quick", "eval.enabled=false"]),
+        ([RECIPE, "run_dir='open"], 2, ["run_dir='open: cannot be read", "quotes"]),
+        ([RECIPE, "seed=1,2"], 2, ["seed=1,2: several values are a sweep and need --multirun"]),
+        (["--nope"], 2, ["unrecognized arguments: --nope"]),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else None,
 )
@@ -100,6 +106,39 @@ def test_overrides_in_the_form_that_hydra_wants():
     assert normalised(["recipe=lora", "trainer.stages.a.steps=5"]) == ["+recipe=lora", "++trainer.stages.a.steps=5"]
     given = ["+recipe=lora", "--multirun", "seed=0,1", "--config-dir", "mine"]
     assert ordered(given) == ["--multirun", "--config-dir", "mine", "+recipe=lora", "seed=0,1"]
+
+
+@pytest.mark.parametrize(
+    ("given", "words"),
+    [
+        (3, "plan=3: give +plan.KEY=VALUE; known: batch, ids, speed"),
+        ({"batchh": 1}, "unknown key plan.batchh; did you mean 'batch'?"),
+        ({"batch": "many"}, "plan.batch=many must be a whole number above 0"),
+        ({"batch": 1.5}, "must be a whole number above 0"),
+        ({"batch": True}, "must be a whole number above 0"),
+        ({"batch": -1}, "must be a whole number above 0"),
+        ({"speed": float("inf")}, "plan.speed=inf must be a number above 0"),
+        ({"speed": "fast"}, "must be a number above 0"),
+        ({"ids": "maybe"}, "plan.ids=maybe must be true or false"),
+    ],
+)
+def test_keys_of_a_command_alone(given, words):
+    kinds = {"batch": int, "speed": float, "ids": bool}
+    with pytest.raises(ConfigError) as refused:
+        own_keys("plan", kinds, given)
+    assert words in str(refused.value)
+    assert own_keys("plan", kinds, {"batch": 2, "speed": 5, "ids": False}) == {"batch": 2, "speed": 5, "ids": False}
+    assert own_keys("plan", kinds, {"batch": None}) == {}
+
+
+def test_tasks_that_are_no_names_are_left_for_validation():
+    for data in ({"tasks": [{"a": 1}]}, {"tasks": ["gsm8k"], "definitions": 3}, {"tasks": None}):
+        before = dict(data)
+        define_tasks(data, [])
+        assert data == before
+    known = {"tasks": ["mine", "cola"], "definitions": {"mine": {}}}
+    define_tasks(known, [CONFIGS / "data" / "task"])
+    assert list(known["definitions"]) == ["cola", "mine"] and known["definitions"]["mine"] == {}
 
 
 def test_what_a_recipe_sets_of_a_loss_goes_with_the_loss():

@@ -247,7 +247,7 @@ def _best_variants(found: Sequence[Found]) -> tuple[list[Found], list[str]]:
 
 
 def _validation_loss(run: Found) -> float | None:
-    stages = run.status.results.get("training", {}).get("stages") or [{}]
+    stages = (run.status.results.get("training") or {}).get("stages") or [{}]
     value = stages[-1].get("eval_loss")
     return float(value) if isinstance(value, int | float) else None
 

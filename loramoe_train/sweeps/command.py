@@ -9,7 +9,8 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from pydantic import ValidationError
 
-from loramoe_train.errors import ConfigError, nearest
+from loramoe_train.errors import ConfigError, DataError, nearest
+from loramoe_train.rundir import RESULTS
 from loramoe_train.schema.launcher import LauncherConfig
 from loramoe_train.screen import screen
 from loramoe_train.sweeps.status import FAILED, ask, look, statuses, summary
@@ -105,6 +106,9 @@ def retry_failed(sweep: Sweep, arguments: Sequence[str]) -> None:
     from loramoe_train.sweeps.start import again
 
     found = statuses(sweep, ask(sweep))  # who is not answered here does not start a run twice
+    for each in found:
+        if each.state == FAILED and (sweep.folder(each.run) / RESULTS).is_file():
+            raise DataError(f"{each.why}: remove that file, and the same command makes it again")
     numbers = [each.run.number for each in found if each.state == FAILED]
     launcher = _with_typed(sweep.parameters, arguments)
     for number in numbers:  # the sweep's folder may come from somebody else

@@ -73,7 +73,7 @@ def make_table(
 def _number(results: Mapping[str, Any], measure: str, side: str, names: Sequence[str]) -> float | None:
     """Scores in per cent, the loss in nats; None where the run has none."""
     if measure == LOSS:
-        stages = results.get("training", {}).get("stages") or [{}]
+        stages = (results.get("training") or {}).get("stages") or [{}]
         return stages[-1].get("eval_loss")
     if measure == MEAN:
         values = [_number(results, name, side, names) for name in names]

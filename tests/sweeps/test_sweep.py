@@ -201,6 +201,7 @@ def test_one_process_for_each_gpu() -> None:
         (["seed=0,0"], ["is the same as run 0"]),
         (["seed=0,1", "hydra.sweep.subdir=x"], ["would share the folder x"]),
         (["launcher.gpus_per_node=3"], ["launcher.gpus_per_node=3, but this machine has 0"]),
+        (["seed=range(0,0)"], ["seed=range(0,0)", "the sweep has no runs"]),
         (["launcher.nodes=2"], ["launcher.nodes=2 needs launcher=slurm"]),
     ],
 )

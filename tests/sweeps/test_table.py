@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from loramoe_train.errors import ConfigError
+from loramoe_train.errors import ConfigError, DataError
 from loramoe_train.sweeps.command import run as command
 from loramoe_train.sweeps.status import look
 from loramoe_train.sweeps.sweep import read_sweep
@@ -95,6 +95,8 @@ def test_damaged_results_are_one_line(tmp_path: Path, capsys: pytest.CaptureFixt
     said = capsys.readouterr().out.splitlines()
     assert said[3] == "| 1 | 1 | failed | failed |"
     assert said[-1].startswith("run 1 (seed=1) failed: ") and "results.json is not a readable results file" in said[-1]
+    with pytest.raises(DataError, match="remove that file, and the same command makes it again"):
+        command(["retry-failed", str(root)])
     assert (root / "1" / "results.json").read_text() == before
 
 
