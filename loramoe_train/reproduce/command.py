@@ -188,7 +188,13 @@ def reproduce(table: PaperTable, options: Options) -> None:
         problem = complete(options.root, runs, wait=wait, say=say, typed=options.typed)
     elif options.typed:
         raise ConfigError(f"run=false starts no run, so {options.typed[0]} means nothing; leave it out")
-    _show(table, options, find(options.root, say), extra)
+    found = find(options.root, say)
+    if options.get("run") == "false" and options.get("budget", "none") != "none":
+        from loramoe_train.reproduce.parameters import budgets_of
+
+        lines = budgets_of(_beside(table, options), found, options.get("budget"))
+        extra += [(f"Ranks, budget={options.get('budget')}", lines)] if lines else []
+    _show(table, options, found, extra)
     if problem is not None:
         raise problem
 

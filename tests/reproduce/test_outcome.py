@@ -3,16 +3,15 @@
 import csv
 import io
 import json
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from loramoe_train.errors import ConfigError, DataError
-from loramoe_train.reproduce.folder import Found, find
+from loramoe_train.reproduce.folder import find
 from loramoe_train.reproduce.outcome import MEASURED, NOT_COMPARABLE, NOT_RUN, Outcome, outcome
 from loramoe_train.reproduce.show import as_csv, as_latex, as_markdown, cell_text, statuses
-from tests.reproduce.made import finished, scores, table
+from tests.reproduce.made import finished, given, scores, table
 
 RUNS = {
     "tiny/lora/all/0": scores(0.4, 0.5, base=0.1),
@@ -193,18 +192,6 @@ def test_a_picture(tmp_path: Path) -> None:
         plot(found, tmp_path / name)
         assert (tmp_path / name).read_bytes().startswith(begin)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["runs", "table.pdf", "table.png"]
-
-
-def given(run: Found, *typed: str, computed: tuple[str, ...] = ()) -> Found:
-    """The run as if the command line had said this of it."""
-    own = (
-        f"recipe={run.method}",
-        "model=tiny",
-        "data=tiny",
-        *(["experts.layout=2468"] if run.method == "mola" else []),
-    )
-    overrides = (*own, *typed, "eval.base=true", *computed, "seed=0")
-    return replace(run, status=replace(run.status, run=replace(run.status.run, overrides=overrides)))
 
 
 def test_a_run_with_less_than_the_table_says_is_not_set_against_the_paper(tmp_path: Path) -> None:

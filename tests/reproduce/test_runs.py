@@ -2,6 +2,7 @@
 
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import yaml
@@ -11,7 +12,7 @@ from loramoe_train.errors import ConfigError, DataError
 from loramoe_train.planning import make_counts
 from loramoe_train.reproduce import tables
 from loramoe_train.reproduce.folder import complete, find
-from loramoe_train.reproduce.parameters import check_figures, equal_budgets
+from loramoe_train.reproduce.parameters import budgets_of, check_figures, equal_budgets
 from loramoe_train.reproduce.runs import Wanted, compose_run, same_run, wanted, with_learning_rates
 from loramoe_train.schema.run import RunConfig
 from loramoe_train.training.stages import plan_stages
@@ -87,6 +88,9 @@ def test_ranks_for_the_same_budget(runs: list[Wanted], budget: str) -> None:
         ratio = before.config.experts.alpha / before.config.experts.rank
         assert after.experts.rank != before.config.experts.rank and after.experts.alpha / after.experts.rank == ratio
     assert [run.config.seed for run in fitted] == [run.config.seed for run in runs]
+    stored = SimpleNamespace(config=lambda run: run.config)
+    there = [SimpleNamespace(**vars(run), sweep=stored, status=SimpleNamespace(run=run)) for run in fitted]
+    assert budgets_of(table, there, budget) == notes  # told from stored configs too
 
 
 def test_a_budget_that_cannot_be_met_is_refused(runs: list[Wanted]) -> None:
