@@ -16,6 +16,7 @@ from loramoe_train.schema.run import RunConfig
 from loramoe_train.trust import refuse_untyped
 
 Extras = Mapping[str, Mapping[str, type]]  # a command's own keys by group: name -> int, float or bool
+OWN = ("plan", "show")  # those groups
 
 
 def is_sweep() -> bool:
@@ -26,8 +27,9 @@ def is_sweep() -> bool:
 
 
 def normalised(arguments: Sequence[str]) -> list[str]:
-    """The arguments with Hydra's `+` where it is a formality: before `recipe=`, and before keys below a free mapping
-    (`trainer.stages.mine.steps=5`, `data.sampling.weights.gsm8k=2`), which the schema cannot list.
+    """The arguments with Hydra's `+` where it is a formality: before `recipe=`, a command's own keys (`plan.batch=8`)
+    and those below a free mapping (`trainer.stages.mine.steps=5`, `data.sampling.weights.gsm8k=2`), which no schema
+    lists.
 
     A free mapping that is given whole (`trainer.stages={...}`) replaces the recipe's, where Hydra would merge the two.
     """
@@ -38,7 +40,7 @@ def normalised(arguments: Sequence[str]) -> list[str]:
     for argument in arguments:
         key, equals, value = argument.partition("=")
         whole = key in free and "." in key
-        if key == "recipe":
+        if key == "recipe" or (equals and key.partition(".")[0] in OWN and "." in key):
             found.append(f"+{argument}")
         elif whole and value.startswith("{"):
             found += [f"~{key}", f"++{argument}"]
@@ -182,8 +184,9 @@ def _override_error(text: str) -> str:
         return f"{group} is chosen already; give {group}=OPTION without +, or in a file `override /{group}: OPTION`"
     several = re.search(r"Ambiguous value for argument '(.+)'", text)
     if several:
-        key, _, values = several.group(1).partition("=")
-        return f"{shown(several.group(1))}: several values are a sweep and need --multirun; a list is {key}=[{values}]"
+        given = several.group(1)
+        key, _, values = given.partition("=")
+        return f"{shown(given)}: several values are a sweep (loramoe-train --multirun); a list is {key}=[{values}]"
     return " ".join(line.strip() for line in text.splitlines()[:3])
 
 

@@ -63,7 +63,7 @@ RECIPE = "+recipe=lora_mixer"
         ([RECIPE, "no_equal_sign"], 2, ["no_equal_sign"]),
         ([RECIPE, "eval=null"], 2, ["eval=null", "choose one of default, quick", "eval.enabled=false"]),
         ([RECIPE, "run_dir='open"], 2, ["run_dir='open: cannot be read", "quotes"]),
-        ([RECIPE, "seed=1,2"], 2, ["seed=1,2: several values are a sweep and need --multirun"]),
+        ([RECIPE, "seed=1,2"], 2, ["seed=1,2: several values are a sweep (loramoe-train --multirun)"]),
         (["--nope"], 2, ["unrecognized arguments: --nope"]),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else None,
@@ -104,6 +104,7 @@ def test_overrides_in_the_form_that_hydra_wants():
     whole = "trainer.stages={only: {train: [routers]}}"
     assert normalised([whole]) == ["~trainer.stages", f"++{whole}"]  # replaces the recipe's stages
     assert normalised(["recipe=lora", "trainer.stages.a.steps=5"]) == ["+recipe=lora", "++trainer.stages.a.steps=5"]
+    assert normalised(["plan.batch=8", "+show.n=2", "plan=3"]) == ["+plan.batch=8", "+show.n=2", "plan=3"]
     given = ["+recipe=lora", "--multirun", "seed=0,1", "--config-dir", "mine"]
     assert ordered(given) == ["--multirun", "--config-dir", "mine", "+recipe=lora", "seed=0,1"]
 

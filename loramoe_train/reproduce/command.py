@@ -1,6 +1,7 @@
 """`loramoe-reproduce NAME [KEY=VALUE ...]`."""
 
 import math
+import re
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -117,6 +118,8 @@ def parsed(arguments: Sequence[str]) -> Options:
             raise ConfigError(
                 f"{text}: the table says which; {'give seeds=0,1,2' if key == 'seed' else 'give methods=A,B'}"
             )
+        if re.split("[./@]", key.lstrip("+~"))[0] == "hydra":
+            raise ConfigError(f"{text}: keys of hydra do nothing here; launcher.KEY=VALUE says how runs are started")
         if key not in KNOWN:
             typed.append(text)
             continue

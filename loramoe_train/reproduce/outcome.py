@@ -12,10 +12,12 @@ from loramoe_train.reproduce.changed import told
 from loramoe_train.reproduce.folder import Found
 from loramoe_train.reproduce.runs import chosen, scale_of
 from loramoe_train.reproduce.schema import Number, PaperTable, Place, Scale
+from loramoe_train.sweeps.status import FAILED
 from loramoe_train.sweeps.table import deviation, scored_otherwise
 
 MEASURED, NOT_RUN, NOT_COMPARABLE = "measured here", "not run", "not comparable"
 CONFIDENCE = 0.95
+DIVERGED = "diverged.json"  # what training leaves beside its log then
 
 
 @dataclass(frozen=True)
@@ -238,6 +240,10 @@ def _best_variants(found: Sequence[Found]) -> tuple[list[Found], list[str]]:
             continue
         name = min(losses, key=lambda key: losses[key])
         rates = sorted(losses, key=lambda key: float(key.removeprefix("lr-")))
+        if losses[name] == math.inf:
+            notes.append(f"{method} on {base} ({train}): training diverged at every rate")
+            best += variants[name]
+            continue
         said = f"{name} of {len(losses)} has the lowest validation loss ({losses[name]:.4f})"
         if name in (rates[0], rates[-1]):
             said += "; it is at the end of the grid, where a better one may lie beyond"
@@ -247,6 +253,9 @@ def _best_variants(found: Sequence[Found]) -> tuple[list[Found], list[str]]:
 
 
 def _validation_loss(run: Found) -> float | None:
+    """At the end of training; infinite where it diverged, for that is the worst of rates and no gap in the grid."""
+    if run.status.state == FAILED and (run.path / DIVERGED).is_file():
+        return math.inf
     stages = (run.status.results.get("training") or {}).get("stages") or [{}]
     value = stages[-1].get("eval_loss")
     return float(value) if isinstance(value, int | float) else None

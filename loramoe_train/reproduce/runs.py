@@ -173,7 +173,12 @@ def same_order(trainer: TrainerConfig) -> TrainerConfig:
 
 
 def with_learning_rates(runs: Sequence[Wanted], factors: Sequence[float] = LR_FACTORS) -> list[Wanted]:
-    """Every run at every rate of a grid around its own; the routers' rates go with it. One of them scores the base."""
+    """Every run at every rate of a grid around its own; the routers' rates go with it. One of them scores the base.
+
+    Raises ConfigError for runs without a validation loss, by which the best is chosen.
+    """
+    if not all(run.config.data.validation_examples for run in runs):
+        raise ConfigError("sweep=lr chooses rates by validation loss, and data.validation_examples=0 leaves none")
     found = []
     for run in runs:
         for factor in factors:

@@ -52,6 +52,8 @@ def test_plan_as_an_option(capsys: pytest.CaptureFixture[str]) -> None:
         ("scale=small", "scale is given twice, as tiny and as small"),
         ("sale", "'sale' is no KEY=VALUE; did you mean 'scale'?"),
         ("", "'' is no KEY=VALUE"),
+        ("hydra.launcher.partition=gpu", "keys of hydra do nothing here; launcher.KEY=VALUE says"),
+        ("+hydra/launcher=basic", "keys of hydra do nothing here"),
         ("tokens_per_second=nan", "tokens_per_second=nan must be a positive number"),
         ("tokens_per_second=0", "must be a positive number"),
         ("tokens_per_second=100", "tokens_per_second goes with plan=true"),

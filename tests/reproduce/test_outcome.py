@@ -182,6 +182,28 @@ def test_an_end_of_the_grid_and_a_grid_with_gaps(tmp_path: Path) -> None:
     assert cells(found, "lora")["a"].status == NOT_RUN and "no rate is chosen yet" in found.notes[0]
 
 
+def test_a_rate_at_which_training_diverged_is_the_worst_and_no_gap(tmp_path: Path) -> None:
+    runs = {
+        **rated({"0.1": (1.0, 1.0), "0.2": (0.9, 0.9)}),
+        "tiny/lora/all/lr-0.8/0": None,
+        "tiny/lora/all/lr-0.8/1": None,
+    }
+    sweep = finished(tmp_path, runs)
+    for seed in "01":
+        (sweep.root / f"tiny/lora/all/lr-0.8/{seed}").mkdir(parents=True)
+        (sweep.root / f"tiny/lora/all/lr-0.8/{seed}/diverged.json").write_text("{}")
+    found = outcome(table(), "paper", find(tmp_path))
+    assert found.notes == ("lora on tiny (all): lr-0.2 of 3 has the lowest validation loss (0.9000)",)
+    assert cells(found, "lora")["a"].status == MEASURED
+
+    for run in find(tmp_path):
+        (run.path / "results.json").unlink(missing_ok=True)
+        (run.path / "diverged.json").write_text("{}")
+    found = outcome(table(), "paper", find(tmp_path))
+    assert found.notes == ("lora on tiny (all): training diverged at every rate",)
+    assert cells(found, "lora")["a"].status == NOT_RUN
+
+
 def test_a_picture(tmp_path: Path) -> None:
     from loramoe_train.reproduce.plot import check_plot, plot
 

@@ -130,6 +130,12 @@ def test_a_grid_of_learning_rates_for_every_method(runs: list[Wanted]) -> None:
     assert mixer[0].folder == f"tiny/lora_mixer/all/lr-{0.5 * own.lr:.3g}/0"
 
 
+def test_rates_are_not_chosen_without_a_validation_loss(runs: list[Wanted]) -> None:
+    data = runs[0].config.data.model_copy(update={"validation_examples": 0})
+    with pytest.raises(ConfigError, match="data.validation_examples=0 leaves none"):
+        with_learning_rates([replace(runs[0], config=runs[0].config.model_copy(update={"data": data}))])
+
+
 def test_what_was_made_otherwise_is_not_taken_for_the_same(runs: list[Wanted], tmp_path: Path) -> None:
     finished(tmp_path, {"tiny/lora/all/0": scores(0.5)})  # 240 steps, where the table has 100
     before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}

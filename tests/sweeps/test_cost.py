@@ -3,10 +3,14 @@
 import re
 from pathlib import Path
 
+import pytest
+
+from loramoe_train.errors import ConfigError
 from loramoe_train.planning import make_counts
-from loramoe_train.sweeps.cost import cost_of
+from loramoe_train.sweeps.cost import cost_of, print_cost
 from tests.composing import composed
 from tests.forks import run_forked
+from tests.sweeps.made import combination
 
 
 def test_a_run_by_hand() -> None:
@@ -41,3 +45,10 @@ def test_the_command_adds_up(tmp_path: Path) -> None:
 def test_without_the_data_the_rest_is_told() -> None:
     cost = cost_of(composed("+recipe=mola", "data=mola_six"))
     assert cost.steps is None and cost.tokens is None and cost.memory > cost.checkpoint > 0
+
+
+def test_a_run_that_cannot_be_counted_is_named() -> None:
+    wrong = composed("+recipe=mola").experts.model_copy(update={"layout": [1, 2]})
+    runs = [combination("experts.layout=2468"), combination("experts.layout=[1,2]", experts=wrong)]
+    with pytest.raises(ConfigError, match=r"^run 1 \(experts.layout=\[1,2\]\): experts.layout=\[1, 2\] has 2 entries"):
+        print_cost(runs)

@@ -266,6 +266,20 @@ def test_lines_of_a_job_are_typed_or_refused(tmp_path: Path) -> None:
     assert {path.name for path in tmp_path.iterdir()} == {"mine", "theirs"}
 
 
+def test_a_run_that_ends_while_it_is_looked_at_has_not_failed(tmp_path: Path, monkeypatch) -> None:
+    sweep = finished(tmp_path / "sweep", [("seed=0",)], [None])
+
+    def ends(folder: Path) -> bool:
+        if folder == sweep.folder(sweep.runs[0]):
+            folder.mkdir()
+            (folder / "results.json").write_text(json.dumps(results({"gsm8k": 0.5})))
+        return False
+
+    monkeypatch.setattr("loramoe_train.sweeps.status.is_locked", ends)
+    (status,) = look(sweep)
+    assert status.state == DONE and status.results["scores"]["gsm8k"]["tuned"] == 0.5
+
+
 def test_a_finished_run_is_left_alone(tmp_path: Path) -> None:
     """A job that is queued again after its results were written has nothing to do."""
     from loramoe_train.sweeps.job import run_one
