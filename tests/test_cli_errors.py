@@ -29,6 +29,7 @@ RECIPE = "+recipe=lora_mixer"
         (["roter=soft"], 2, ["'roter'", "did you mean 'router'"]),
         (["router=sft"], 2, ["router=sft", "did you mean 'soft'"]),
         ([RECIPE, "trainer.lr=abc"], 2, ["trainer.lr=abc", "number"]),
+        ([RECIPE, "seed=99999999999999999999"], 2, ["seed=99999999999999999999", "less than 9223372036854775808"]),
         ([RECIPE, "trainer.lr=-1"], 2, ["trainer.lr=-1", "greater than 0"]),
         ([RECIPE, "trainer.optimizer=adm"], 2, ["trainer.optimizer=adm", "did you mean 'adamw'"]),
         ([RECIPE, "router.top_k=9"], 2, ["router.top_k=9", "5 experts"]),

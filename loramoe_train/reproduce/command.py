@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 from loramoe_train.errors import ConfigError, nearest, shown
 from loramoe_train.reproduce import tables
 from loramoe_train.reproduce.schema import SCALES, PaperTable
+from loramoe_train.schema.run import SEEDS
 
 if TYPE_CHECKING:
     from loramoe_train.reproduce.folder import Found
@@ -76,7 +77,7 @@ class Options:
             seeds = [int(part) for part in self.names("seeds") or ()]
         except ValueError:
             seeds = [-1]
-        if any(seed < 0 for seed in seeds) or len(set(seeds)) < len(seeds):
+        if any(not 0 <= seed < SEEDS for seed in seeds) or len(set(seeds)) < len(seeds):
             raise ConfigError(f"seeds={self.values['seeds']} must be different whole numbers, such as seeds=0,1,2")
         return seeds or None
 

@@ -70,6 +70,8 @@ def show_table(sweep: Sweep, arguments: Sequence[str]) -> None:
 
     known = {"format": FORMATS, "side": SIDES, "over": None, "mixed": MIXED}
     options = _options(arguments, known)
+    if options.get("format") == "csv" and {"side", "over"} & options.keys():
+        raise ConfigError("format=csv has every run and every side by itself; leave side= and over= out")
     found = look(sweep, lambda line: print(line, file=sys.stderr))
     mark = options.get("mixed") == "mark"
     table = make_table(sweep, found, side=options.get("side", "tuned"), over=options.get("over"), mark=mark)

@@ -47,6 +47,8 @@ def test_plan_as_an_option(capsys: pytest.CaptureFixture[str]) -> None:
         ("--dry-run", "unknown option --dry-run"),
         ("-m", "unknown option -m"),
         ("seeds=", "seeds=: seeds has no value"),
+        ("seeds=0,99999999999999999999", "must be different whole numbers"),
+        ("seeds=0,0", "must be different whole numbers"),
         ("methods=[]", "methods has no value"),
         ("run_dir=", "run_dir has no value"),
         ("scale=small", "scale is given twice, as tiny and as small"),

@@ -204,6 +204,13 @@ def test_a_rate_at_which_training_diverged_is_the_worst_and_no_gap(tmp_path: Pat
     assert cells(found, "lora")["a"].status == NOT_RUN
 
 
+def test_runs_are_not_looked_for_in_a_file(tmp_path: Path) -> None:
+    (tmp_path / "notes.txt").write_text("mine")
+    with pytest.raises(DataError, match="notes.txt is a file; give a folder"):
+        find(tmp_path / "notes.txt")
+    assert find(tmp_path / "nothing yet") == []
+
+
 def test_a_picture(tmp_path: Path) -> None:
     from loramoe_train.reproduce.plot import check_plot, plot
 

@@ -1,5 +1,7 @@
 """Tables of made-up results: the numbers by hand, what is missing, what cannot be compared."""
 
+import csv
+import io
 import json
 import time
 from pathlib import Path
@@ -74,6 +76,8 @@ def test_scores_that_were_made_otherwise(change: dict, words: str, tmp_path: Pat
     table = make_table(sweep, look(sweep), mark=True)
     assert [row[2] for row in table.rows] == ["50.0", "60.0", "70.0*"]
     assert len(table.notes) == 1 and words in table.notes[0]
+    head, *rows = csv.reader(io.StringIO(as_csv(sweep, look(sweep))))
+    assert head[-1] == "made otherwise" and [words in row[-1] for row in rows] == [False, False, True]
 
 
 def test_another_version_of_the_harness(tmp_path: Path) -> None:
@@ -122,6 +126,7 @@ def test_two_hundred_runs_within_seconds(tmp_path: Path, capsys: pytest.CaptureF
         (["table"], "wants the folder of a sweep first"),
         (["table", "FOLDER", "formt=csv"], "unknown option 'formt=csv'; did you mean 'format'?"),
         (["table", "FOLDER", "format=latex"], "format must be one of text, markdown, csv"),
+        (["table", "FOLDER", "format=csv", "over=seed"], "format=csv has every run and every side by itself"),
         (["table", "FOLDER", "over=sed"], "over=sed is no key that varies in"),
         (["table", "FOLDER", "side=tund"], "side must be one of tuned, base, difference"),
         (["retry-failed", "FOLDER", "seed=4"], "retry-failed takes launcher.KEY=VALUE only, got 'seed=4'"),
