@@ -164,6 +164,10 @@ def with_hydra_errors(job: Callable[[], None]) -> None:
     except OverrideParseException as error:
         raise ConfigError(f"{shown(error.override)}: {_unreadable(error.override)}") from error
     except (HydraException, OmegaConfBaseException) as error:
+        merging, cause = "Error merging override ", error.__cause__
+        if str(error).startswith(merging) and cause is not None:
+            reason = str(cause).splitlines()[0]
+            raise ConfigError(f"{shown(str(error).removeprefix(merging).strip())}: {reason}") from error
         raise ConfigError(_override_error(str(error))) from error
 
 

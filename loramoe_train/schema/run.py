@@ -26,7 +26,7 @@ class ScoringConfig(Strict):
     """What scoring needs of a model that no run of this program made."""
 
     seed: int = Field(default=0, ge=0, lt=SEEDS)
-    run_dir: str | None = None  # folder of the results; null: outputs/eval/NAME-HASH
+    run_dir: str | None = Field(default=None, min_length=1)  # folder of the results; null: outputs/eval/NAME-HASH
     offline: bool = False  # fetch nothing: sets the hub libraries' offline switches
     model: ModelConfig
     data: RowsConfig = Field(default_factory=RowsConfig)
@@ -41,7 +41,7 @@ class RunConfig(Strict):
     """Everything that a run needs; `config.resolved.yaml` is its dump."""
 
     seed: int = Field(default=0, ge=0, lt=SEEDS)
-    run_dir: str | None = None  # folder of the run; null: outputs/DATE/TIME
+    run_dir: str | None = Field(default=None, min_length=1)  # folder of the run; null: outputs/DATE/TIME
     resume: str | None = None  # "auto": continue the newest complete checkpoint of run_dir; or a checkpoint folder
     resume_changes: list[str] = Field(default_factory=list)  # keys that may differ from the run that is continued
     init_from: str | None = None  # run folder, checkpoint or adapter whose weights a new run starts from
