@@ -10,7 +10,8 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any
 
-from loramoe_train.composition import is_sweep, normalised, ordered, register, typed_run, with_hydra_errors
+from loramoe_train.choices import check_choices, check_options
+from loramoe_train.composition import Extras, is_sweep, normalised, ordered, register, typed_run, with_hydra_errors
 from loramoe_train.errors import ConfigError, LoramoeError
 from loramoe_train.guard import guard
 from loramoe_train.paths import CONFIGS
@@ -75,9 +76,11 @@ def plan() -> None:
     def sweep(runs: list[Any], hydras: dict[str, Any]) -> None:
         from loramoe_train.sweeps.cost import print_cost
 
+        if any(run.extra != runs[0].extra for run in runs):
+            raise ConfigError("the keys of plan cannot be swept: they are of the whole table; give each once")
         print_cost(runs, **runs[0].extra.get("plan", {}))
 
-    _main(job, extras={"plan": ("batch", "sequence", "tokens_per_second")}, sweep=sweep)
+    _main(job, extras={"plan": {"batch": int, "sequence": int, "tokens_per_second": float}}, sweep=sweep)
 
 
 def data() -> None:
@@ -88,7 +91,7 @@ def data() -> None:
 
         show_data(config, **extra.get("show", {}))
 
-    _main(job, extras={"show": ("n", "ids")})
+    _main(job, extras={"show": {"n": int, "ids": bool}})
 
 
 def evaluate() -> None:
@@ -161,13 +164,11 @@ def reproduce() -> None:
     guard(job, cure="the same command goes on")
 
 
-def _main(
-    command: Command, extras: dict[str, tuple[str, ...]] | None = None, sweep: Callable[..., None] | None = None
-) -> None:
+def _main(command: Command, extras: Extras | None = None, sweep: Callable[..., None] | None = None) -> None:
     """Compose with Hydra from the command line and hand a validated config to `command`.
 
-    `extras` are groups of keys which belong to the command and not to the run (`+plan.batch=8`). `sweep` gets all runs
-    of a --multirun at once (sweeps/sweeper.py); without it, `command` gets them one after another.
+    `extras` are keys which belong to the command and not to the run (`+plan.batch=8`), with their types. `sweep` gets
+    all runs of a --multirun at once (sweeps/sweeper.py); without it, `command` gets them one after another.
     """
     import hydra
     from omegaconf import DictConfig
@@ -189,6 +190,8 @@ def _main(
             refused.append(error)  # Hydra would print a line of its own before ours
 
     def run() -> None:
+        check_options(sys.argv[1:])
+        check_choices(sys.argv[1:])
         if sweep is not None and ({"-m", "--multirun"} & set(sys.argv) or "hydra.mode=MULTIRUN" in sys.argv):
             from loramoe_train.sweeps.sweeper import take_over
 

@@ -3,15 +3,20 @@
 Nothing heavy is imported here, nor Hydra before it is needed.
 """
 
+import math
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from loramoe_train.errors import ConfigError, nearest
+from loramoe_train.choices import MALFORMED
+from loramoe_train.errors import ConfigError, nearest, shown
 from loramoe_train.paths import CONFIGS, recipe_files
 from loramoe_train.schema.run import RunConfig
 from loramoe_train.trust import refuse_untyped
+
+Extras = Mapping[str, Mapping[str, type]]  # a command's own keys by group: name -> int, float or bool
+OWN = ("plan", "show")  # those groups
 
 
 def is_sweep() -> bool:
@@ -22,8 +27,9 @@ def is_sweep() -> bool:
 
 
 def normalised(arguments: Sequence[str]) -> list[str]:
-    """The arguments with Hydra's `+` where it is a formality: before `recipe=`, and before keys below a free mapping
-    (`trainer.stages.mine.steps=5`, `data.sampling.weights.gsm8k=2`), which the schema cannot list.
+    """The arguments with Hydra's `+` where it is a formality: before `recipe=`, a command's own keys (`plan.batch=8`)
+    and those below a free mapping (`trainer.stages.mine.steps=5`, `data.sampling.weights.gsm8k=2`), which no schema
+    lists.
 
     A free mapping that is given whole (`trainer.stages={...}`) replaces the recipe's, where Hydra would merge the two.
     """
@@ -34,7 +40,7 @@ def normalised(arguments: Sequence[str]) -> list[str]:
     for argument in arguments:
         key, equals, value = argument.partition("=")
         whole = key in free and "." in key
-        if key == "recipe":
+        if key == "recipe" or (equals and key.partition(".")[0] in OWN and "." in key):
             found.append(f"+{argument}")
         elif whole and value.startswith("{"):
             found += [f"~{key}", f"++{argument}"]
@@ -82,9 +88,7 @@ def register() -> None:
         )
 
 
-def typed_run(
-    composed: Any, extras: dict[str, tuple[str, ...]], *, numbered: bool = False
-) -> tuple[RunConfig, dict[str, Any]]:
+def typed_run(composed: Any, extras: Extras, *, numbered: bool = False) -> tuple[RunConfig, dict[str, Any]]:
     """The run's config with the tasks' definitions filled in, and the command's own keys.
 
     `numbered`: its folder is below the one given, as Hydra's own sweeps have it.
@@ -93,7 +97,6 @@ def typed_run(
     from omegaconf import OmegaConf
     from omegaconf.errors import OmegaConfBaseException
 
-    from loramoe_train.data.definitions import load_definitions
     from loramoe_train.validation import validate
 
     try:
@@ -101,44 +104,75 @@ def typed_run(
     except OmegaConfBaseException as error:
         key = getattr(error, "full_key", None) or "the config"
         raise ConfigError(f"{key}: {str(error).splitlines()[0]}") from error
-    own = {}
-    for group, names in extras.items():
-        own[group] = values.pop(group, {})
-        for name in own[group]:
-            if name not in names:
-                raise ConfigError(f"unknown key {group}.{name}{nearest(name, names)}")
+    own = {group: own_keys(group, kinds, values.pop(group, {})) for group, kinds in extras.items()}
     hydra_config = HydraConfig.get()
     overrides = list(hydra_config.overrides.task)
     refuse_untyped(values, overrides)
     folders = [Path(s.path) / "data" / "task" for s in hydra_config.runtime.config_sources if s.schema == "file"]
     values["aux_loss"] = chosen_losses(values["aux_loss"], overrides)
-    tasks, definitions = values["data"].get("tasks"), values["data"].get("definitions") or {}
-    if isinstance(tasks, list):
-        values["data"]["definitions"] = load_definitions([str(t) for t in tasks if t not in definitions], folders)
-        values["data"]["definitions"].update(definitions)
+    define_tasks(values["data"], folders)
     if numbered:
         parent = values.get("run_dir")
         values["run_dir"] = f"{parent}/{hydra_config.job.num}" if parent else hydra_config.runtime.output_dir
     return validate(values), own
 
 
+def own_keys(group: str, kinds: Mapping[str, type], given: Any) -> dict[str, Any]:
+    """A command's own keys that were given a value. Raises ConfigError for another key, and for a value that is no
+    positive number, or true or false, as it should be."""
+    if not isinstance(given, dict):
+        raise ConfigError(f"{group}={shown(given)}: give +{group}.KEY=VALUE{nearest('', kinds)}")
+    for name, value in given.items():
+        if name not in kinds:
+            raise ConfigError(f"unknown key {group}.{name}{nearest(name, kinds)}")
+        kind = kinds[name]
+        if value is None or (kind is bool and isinstance(value, bool)):
+            continue
+        number = isinstance(value, int if kind is int else int | float) and not isinstance(value, bool)
+        if kind is bool or not (number and 0 < value < math.inf):
+            wanted = {bool: "true or false", int: "a whole number above 0", float: "a number above 0"}[kind]
+            raise ConfigError(f"{group}.{name}={shown(value)} must be {wanted}")
+    return {name: value for name, value in given.items() if value is not None}
+
+
+def define_tasks(data: dict[str, Any], folders: Sequence[Path]) -> None:
+    """Fill in `data.definitions` for the tasks that have none. What is no list of names is left for validation."""
+    from loramoe_train.data.definitions import load_definitions
+
+    tasks, own = data.get("tasks"), data.get("definitions") or {}
+    if isinstance(tasks, list) and isinstance(own, dict) and all(isinstance(task, str) for task in tasks):
+        data["definitions"] = {**load_definitions([task for task in tasks if task not in own], folders), **own}
+
+
 def with_hydra_errors(job: Callable[[], None]) -> None:
     """Run a Hydra job; turn what Hydra says about the command line into our one line."""
-    from hydra.errors import HydraException, MissingConfigException
+    from hydra.errors import HydraException, MissingConfigException, OverrideParseException
     from omegaconf.errors import OmegaConfBaseException
 
     try:
         job()
     except MissingConfigException as error:
         wanted = str(error.missing_cfg_file or "")
+        if not wanted:  # --config-path
+            raise ConfigError(str(error).splitlines()[0]) from error
         if wanted.startswith("hydra/launcher/submitit"):
             raise ConfigError("launcher=slurm needs hydra-submitit-launcher; install loramoe-train[slurm]") from error
         group, _, name = wanted.rpartition("/")
         options = [str(o) for o in error.options or []]
-        shown = f"{group}={name}" if group else wanted
-        raise ConfigError(f"unknown option {shown}{nearest(name, options)}") from error
+        missing = f"{group}={name}" if group else wanted
+        raise ConfigError(f"unknown option {missing}{nearest(name, options)}") from error
+    except OverrideParseException as error:
+        raise ConfigError(f"{shown(error.override)}: {_unreadable(error.override)}") from error
     except (HydraException, OmegaConfBaseException) as error:
+        merging, cause = "Error merging override ", error.__cause__
+        if str(error).startswith(merging) and cause is not None:
+            reason = str(cause).splitlines()[0]
+            raise ConfigError(f"{shown(str(error).removeprefix(merging).strip())}: {reason}") from error
         raise ConfigError(_override_error(str(error))) from error
+
+
+def _unreadable(override: str) -> str:
+    return MALFORMED if "=" in override else "is neither an option nor KEY=VALUE"
 
 
 def _override_error(text: str) -> str:
@@ -148,6 +182,15 @@ def _override_error(text: str) -> str:
         key = unknown.group(1)
         known = _known_keys()
         return f"unknown key or group '{key}'{nearest(key, known).split('; known')[0]}"
+    twice = re.search(r"Multiple values for ([^.]+)\.", text)
+    if twice:
+        group = twice.group(1)
+        return f"{group} is chosen already; give {group}=OPTION without +, or in a file `override /{group}: OPTION`"
+    several = re.search(r"Ambiguous value for argument '(.+)'", text)
+    if several:
+        given = several.group(1)
+        key, _, values = given.partition("=")
+        return f"{shown(given)}: several values are a sweep (loramoe-train --multirun); a list is {key}=[{values}]"
     return " ".join(line.strip() for line in text.splitlines()[:3])
 
 

@@ -39,23 +39,24 @@ def typed(schema: type[Schema], values: Mapping[str, Any]) -> Schema:
 def _one_line(error: ValidationError, schema: type[BaseModel]) -> str:
     first, others = error.errors()[0], error.error_count() - 1
     location = [str(part) for part in first["loc"]]
+    value = "null" if first["input"] is None else shown(first["input"])
     key, more = ".".join(location), f" (and {others} more)" if others else ""
     if first["type"] == "extra_forbidden":
-        return (
-            f"unknown key {key}={shown(first['input'])}{nearest(location[-1], _fields_at(schema, location[:-1]))}{more}"
-        )
+        return f"unknown key {key}={value}{nearest(location[-1], _fields_at(schema, location[:-1]))}{more}"
     if first["type"] == "missing" and location[0] == "aux_loss" and location[-1] == "make":
         name = ".".join(location[:-1])
         return f"{name} has no make: no auxiliary loss of that name is chosen; e.g. aux_loss=[load_balance]{more}"
     if first["type"] == "missing":
         return f"{key} is missing; give it a value{more}"
-    message = first["msg"].removeprefix("Value error, ").replace("Input should", "should")
+    message = (
+        first["msg"].removeprefix("Value error, ").replace("Input should", "should").replace("String should", "should")
+    )
     if first["type"] == "literal_error":
         expected = str(first["ctx"]["expected"]).replace("'", "").replace(" or ", ", ").split(", ")
         message = f"must be one of {', '.join(expected)}{nearest(str(first['input']), expected).split('; known')[0]}"
     if first["type"] == "list_type":
-        message = f"must be a list; write {key}=[{shown(first['input'])}]"
-    return f"{key}={shown(first['input'])}: {message}{more}"
+        message = f"must be a list; write {key}=[{'' if first['input'] is None else value}]"
+    return f"{key}={value}: {message}{more}"
 
 
 def _fields_at(schema: type[BaseModel], location: list[str]) -> list[str]:

@@ -8,8 +8,11 @@ import time
 
 import pytest
 
-from loramoe_train.composition import chosen_losses, normalised, ordered
+from loramoe_train.composition import chosen_losses, define_tasks, normalised, ordered, own_keys
+from loramoe_train.errors import ConfigError
 from loramoe_train.guard import guard
+from loramoe_train.paths import CONFIGS
+from loramoe_train.reproduce.runs import compose_run
 from tests.cli import command_in_this_process, run_cli, start_cli
 from tests.conftest import ROOT
 
@@ -59,6 +62,8 @@ RECIPE = "+recipe=lora_mixer"
         ([RECIPE, "trainer.lr=inf"], 2, ["trainer.lr=inf", "finite"]),
         ([RECIPE, "trainer.stages={a: {train: [router]}}"], 2, ["trainer.stages.a.train.0=router", "'routers'"]),
         ([RECIPE, "no_equal_sign"], 2, ["no_equal_sign"]),
+        ([RECIPE, "eval=null"], 2, ["eval=null", "choose one of default, quick", "eval.enabled=false"]),
+        (["--nope"], 2, ["unrecognized arguments: --nope"]),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else None,
 )
@@ -72,6 +77,29 @@ def test_one_line_and_an_exit_code(arguments, code, words, tmp_path):
     assert "Traceback" not in done.stderr
     assert not list(tmp_path.iterdir()), "a refused run leaves nothing behind"
     assert time.monotonic() - started < 30  # five seconds on an idle machine; this is only a hang's guard
+
+
+@pytest.mark.parametrize(
+    ("override", "words"),
+    [
+        ("run_dir='open", "run_dir='open: cannot be read; close quotes and brackets"),
+        ("run_dir=é", "run_dir=é: cannot be read"),
+        ("router=null", "router=null: router is a group and takes a name"),
+        ("no_equal_sign", "no_equal_sign: is neither an option nor KEY=VALUE"),
+        ("seed=1,2", "seed=1,2: several values are a sweep (loramoe-train --multirun); a list is seed=[1,2]"),
+        ("+eval=quick", "eval is chosen already; give eval=OPTION without +"),
+        ("hydra.mode=nope", "hydra.mode=nope: Invalid value 'nope', expected one of [RUN, MULTIRUN]"),
+        ("run_dir=", "run_dir=: should have at least 1 character"),
+        ("seed=99999999999999999999", "seed=99999999999999999999: should be less than 9223372036854775808"),
+        ("trusted_modules=null", "trusted_modules=null: must be a list; write trusted_modules=[]"),
+        ("data.tasks=[{a: 1}]", "data.tasks.0={'a': 1}: should be a valid string"),
+        ("data.definitions=3", "data.definitions=3: should be a valid dictionary"),
+    ],
+)
+def test_a_composition_that_fails_says_why_in_one_line(override, words):
+    with pytest.raises(ConfigError) as refused:
+        compose_run([override], ())
+    assert str(refused.value).startswith(words) and "\n" not in str(refused.value)
 
 
 def test_a_file_cannot_widen_what_it_may_run(tmp_path):
@@ -98,8 +126,42 @@ def test_overrides_in_the_form_that_hydra_wants():
     whole = "trainer.stages={only: {train: [routers]}}"
     assert normalised([whole]) == ["~trainer.stages", f"++{whole}"]  # replaces the recipe's stages
     assert normalised(["recipe=lora", "trainer.stages.a.steps=5"]) == ["+recipe=lora", "++trainer.stages.a.steps=5"]
+    assert normalised(["plan.batch=8", "+show.n=2", "plan=3"]) == ["+plan.batch=8", "+show.n=2", "plan=3"]
     given = ["+recipe=lora", "--multirun", "seed=0,1", "--config-dir", "mine"]
     assert ordered(given) == ["--multirun", "--config-dir", "mine", "+recipe=lora", "seed=0,1"]
+
+
+@pytest.mark.parametrize(
+    ("given", "words"),
+    [
+        (3, "plan=3: give +plan.KEY=VALUE; known: batch, ids, speed"),
+        ({"batchh": 1}, "unknown key plan.batchh; did you mean 'batch'?"),
+        ({"batch": "many"}, "plan.batch=many must be a whole number above 0"),
+        ({"batch": 1.5}, "must be a whole number above 0"),
+        ({"batch": True}, "must be a whole number above 0"),
+        ({"batch": -1}, "must be a whole number above 0"),
+        ({"speed": float("inf")}, "plan.speed=inf must be a number above 0"),
+        ({"speed": "fast"}, "must be a number above 0"),
+        ({"ids": "maybe"}, "plan.ids=maybe must be true or false"),
+    ],
+)
+def test_keys_of_a_command_alone(given, words):
+    kinds = {"batch": int, "speed": float, "ids": bool}
+    with pytest.raises(ConfigError) as refused:
+        own_keys("plan", kinds, given)
+    assert words in str(refused.value)
+    assert own_keys("plan", kinds, {"batch": 2, "speed": 5, "ids": False}) == {"batch": 2, "speed": 5, "ids": False}
+    assert own_keys("plan", kinds, {"batch": None}) == {}
+
+
+def test_tasks_that_are_no_names_are_left_for_validation():
+    for data in ({"tasks": [{"a": 1}]}, {"tasks": ["gsm8k"], "definitions": 3}, {"tasks": None}):
+        before = dict(data)
+        define_tasks(data, [])
+        assert data == before
+    known = {"tasks": ["mine", "cola"], "definitions": {"mine": {}}}
+    define_tasks(known, [CONFIGS / "data" / "task"])
+    assert list(known["definitions"]) == ["cola", "mine"] and known["definitions"]["mine"] == {}
 
 
 def test_what_a_recipe_sets_of_a_loss_goes_with_the_loss():

@@ -19,6 +19,8 @@ from loramoe_train.evaluation.types import Side
 from loramoe_train.files import write_bytes
 
 LIBRARIES = ("torch", "transformers", "peft", "lm_eval", "datasets", "accelerate")
+SIDES = ("base", "tuned", "difference")
+MAPPINGS = ("versions", "skipped")  # besides scores
 SCHEMA = 1  # of results.json; raised when a reader of older files would misunderstand
 
 
@@ -84,14 +86,32 @@ def read_results(path: str | Path) -> dict[str, Any]:
         content = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise MissingFileError(f"{path} is not there; a finished run or loramoe-eval writes it") from None
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+    except (OSError, UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
         raise DataError(f"{path} is not a readable results file ({error}); evaluate again") from None
     if not isinstance(content, dict) or not isinstance(content.get("scores"), dict):
         raise DataError(f"{path} is not a results file: it has no 'scores'; evaluate again")
     for name, score in content["scores"].items():
         if not isinstance(score, dict) or not any(isinstance(score.get(s), int | float) for s in ("tuned", "base")):
             raise DataError(f"{path}: scores.{name} has no number 'tuned' or 'base'; evaluate again")
+        wrong = next((s for s in SIDES if not _is_number_or_none(score.get(s))), None)
+        if wrong is not None:
+            raise DataError(f"{path}: scores.{name}.{wrong} is no number; evaluate again")
+    training = content.get("training") or {}
+    stages = training.get("stages") or [] if isinstance(training, dict) else None
+    whole = isinstance(stages, list) and all(
+        isinstance(stage, dict) and _is_number_or_none(stage.get("eval_loss")) for stage in stages
+    )
+    for name, fits in {
+        "training": whole,
+        **{key: isinstance(content.get(key) or {}, dict) for key in MAPPINGS},
+    }.items():
+        if not fits:
+            raise DataError(f"{path} is not a results file: its '{name}' is not what a run writes; evaluate again")
     return content
+
+
+def _is_number_or_none(value: Any) -> bool:
+    return value is None or (isinstance(value, int | float) and not isinstance(value, bool))
 
 
 def render_table(results: Mapping[str, Any], console: Console) -> None:

@@ -1,14 +1,17 @@
 """`loramoe-reproduce NAME [KEY=VALUE ...]`."""
 
+import math
+import re
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from loramoe_train.errors import ConfigError, nearest
+from loramoe_train.errors import ConfigError, nearest, shown
 from loramoe_train.reproduce import tables
 from loramoe_train.reproduce.schema import SCALES, PaperTable
+from loramoe_train.schema.run import SEEDS
 
 if TYPE_CHECKING:
     from loramoe_train.reproduce.folder import Found
@@ -29,7 +32,7 @@ loramoe-reproduce NAME [scale=tiny|small|paper] [KEY=VALUE ...]
     parameters=true          the paper's parameter counts, checked on models without weights; scale=paper does it anyway
     parameters=all           ours for every row, too, where the paper gives none
     plot=FILE.png            the table as a picture (.pdf, .svg)
-    plan=true                what it would cost; starts nothing. tokens_per_second=N: hours, too
+    plan=true, or --plan     what it would cost; starts nothing. tokens_per_second=N: hours, too
     run=false                the table of what is there; starts nothing
     wait=true|false          for the runs' end; local runs are waited for, those on SLURM are not
     mixed=refuse|mark        scores that were made otherwise than others
@@ -75,9 +78,22 @@ class Options:
             seeds = [int(part) for part in self.names("seeds") or ()]
         except ValueError:
             seeds = [-1]
-        if any(seed < 0 for seed in seeds) or len(set(seeds)) < len(seeds):
+        if any(not 0 <= seed < SEEDS for seed in seeds) or len(set(seeds)) < len(seeds):
             raise ConfigError(f"seeds={self.values['seeds']} must be different whole numbers, such as seeds=0,1,2")
         return seeds or None
+
+    @property
+    def speed(self) -> float | None:
+        """Tokens a second, to tell hours."""
+        if "tokens_per_second" not in self.values:
+            return None
+        try:
+            speed = float(self.values["tokens_per_second"])
+        except ValueError:
+            speed = 0.0
+        if not 0 < speed < math.inf:
+            raise ConfigError(f"tokens_per_second={self.values['tokens_per_second']} must be a positive number")
+        return speed
 
     @property
     def root(self) -> Path:
@@ -91,31 +107,48 @@ class Options:
 
 def parsed(arguments: Sequence[str]) -> Options:
     """Raises ConfigError for a name that is no table, or a value that an option does not take."""
-    name, *rest = arguments
-    if "=" in name or name.startswith("-"):
-        raise ConfigError(f"loramoe-reproduce wants the name of a table first, got '{name}'")
-    values, typed = {}, []
+    name, *rest = map(_without_dashes, arguments)
+    if "=" in name:
+        raise ConfigError(f"loramoe-reproduce wants the name of a table first, got '{arguments[0]}'")
+    values: dict[str, str] = {}
+    typed: list[str] = []
     for text in rest:
         key, equals, value = text.partition("=")
         if not equals:
-            raise ConfigError(f"'{text}' is no KEY=VALUE")
+            raise ConfigError(f"'{text}' is no KEY=VALUE{nearest(text, KNOWN) if text else ''}")
         if key in ("seed", "recipe", "+recipe"):
             raise ConfigError(
                 f"{text}: the table says which; {'give seeds=0,1,2' if key == 'seed' else 'give methods=A,B'}"
             )
+        if re.split("[./@]", key.lstrip("+~"))[0] == "hydra":
+            raise ConfigError(f"{text}: keys of hydra do nothing here; launcher.KEY=VALUE says how runs are started")
         if key not in KNOWN:
             typed.append(text)
             continue
         allowed = KNOWN[key]
         if allowed is not None and value not in allowed:
             raise ConfigError(f"{text}: there is no such {key}{nearest(value, allowed)}")
-        values[key] = value
+        if not value.strip("[] ,"):
+            raise ConfigError(f"{text}: {key} has no value; give one, or leave it out")
+        if values.setdefault(key, value) != value:
+            raise ConfigError(f"{key} is given twice, as {values[key]} and as {value}; give one")
     return Options(name, values.get("scale", "tiny"), values, tuple(typed))
+
+
+def _without_dashes(text: str) -> str:
+    """`--plan` is another way of writing plan=true. Raises ConfigError for any other option."""
+    if text == "--plan":
+        return "plan=true"
+    if text.startswith("-"):
+        key, equals, value = text.lstrip("-").partition("=")
+        cure = f"write {key}={value if equals else 'VALUE'}" if key in KNOWN else "all else is KEY=VALUE, see --help"
+        raise ConfigError(f"unknown option {shown(text)}; the only ones are --plan and --help: {cure}")
+    return text
 
 
 def run(arguments: Sequence[str]) -> None:
     """Do what the arguments say. Raises LoramoeError."""
-    if arguments[:1] and arguments[0] in ("-h", "--help", "help"):
+    if arguments[:1] == ["help"] or {"-h", "--help"} & set(arguments):
         print(HELP)
         return
     if not arguments:
@@ -142,6 +175,8 @@ def reproduce(table: PaperTable, options: Options) -> None:
     from loramoe_train.reproduce.runs import scale_of
 
     scale = scale_of(table, options.scale)
+    if options.speed is not None and options.get("plan") != "true":
+        raise ConfigError("tokens_per_second goes with plan=true, which tells the hours; add it, or leave the key out")
     if "plot" in options.values:
         check_plot(Path(options.values["plot"]))
     extra: list[tuple[str, list[str]]] = []
@@ -158,7 +193,13 @@ def reproduce(table: PaperTable, options: Options) -> None:
         problem = complete(options.root, runs, wait=wait, say=say, typed=options.typed)
     elif options.typed:
         raise ConfigError(f"run=false starts no run, so {options.typed[0]} means nothing; leave it out")
-    _show(table, options, find(options.root, say), extra)
+    found = find(options.root, say)
+    if options.get("run") == "false" and options.get("budget", "none") != "none":
+        from loramoe_train.reproduce.parameters import budgets_of
+
+        lines = budgets_of(_beside(table, options), found, options.get("budget"))
+        extra += [(f"Ranks, budget={options.get('budget')}", lines)] if lines else []
+    _show(table, options, found, extra)
     if problem is not None:
         raise problem
 
@@ -239,11 +280,5 @@ def _plan(runs: Sequence["Wanted"], options: Options) -> None:
     from loramoe_train.sweeps.cost import print_cost
     from loramoe_train.sweeps.sweep import Composed
 
-    try:
-        speed = float(options.get("tokens_per_second") or 0)
-    except ValueError:
-        speed = -1.0
-    if speed < 0 or ("tokens_per_second" in options.values and not speed):
-        raise ConfigError(f"tokens_per_second={options.get('tokens_per_second')} must be a positive number")
     composed = [Composed(run.overrides, run.config, {}, run.recipe, run.folder, "") for run in runs]
-    print_cost(composed, tokens_per_second=speed or None)
+    print_cost(composed, tokens_per_second=options.speed)

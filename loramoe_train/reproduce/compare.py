@@ -8,6 +8,7 @@ from loramoe_train.errors import LoramoeError
 from loramoe_train.evaluation.results import p_cell
 from loramoe_train.evaluation.significance import Paired, holm, paired
 from loramoe_train.evaluation.units import SAMPLES, read_unit
+from loramoe_train.reproduce.changed import changes as told_beyond
 from loramoe_train.reproduce.folder import Found
 from loramoe_train.reproduce.outcome import Cell, Outcome, interval
 
@@ -28,10 +29,13 @@ class Compared:
     p_holm: float | None  # corrected for all rows of the base
     why: str  # where there is no p_value
     words: tuple[str, str] = ("better", "worse")  # for more and for less
+    unequal: str = ""  # how the two were not made alike, which no test makes good
 
     @property
     def verdict(self) -> str:
         """A difference is more than noise where documents and seeds both say so."""
+        if self.unequal:
+            return f"not comparable: {self.unequal}"
         if self.p_holm is None and self.interval is None:
             return "not tested: one seed and no documents' scores"
         documents = self.p_holm is None or self.p_holm < LEVEL
@@ -71,8 +75,9 @@ def compare(outcome: Outcome, base: str) -> list[Compared]:
             test, why = _over_documents(outcome, own, other, seeds)
             words = ("larger", "smaller") if _is_load(outcome, own.column) else ("better", "worse")
             p_value = test.p_value if test else None
-            mean, spread = sum(changes) / len(changes), interval(changes)
-            found.append(Compared(base, method, own.column, mean, len(seeds), spread, p_value, None, why, words))
+            mean, spread, unequal = sum(changes) / len(changes), interval(changes), _unequal(outcome, own, other)
+            row = Compared(base, method, own.column, mean, len(seeds), spread, p_value, None, why, words, unequal)
+            found.append(row)
     corrected = iter(holm([row.p_value for row in found if row.p_value is not None]))
     return [row if row.p_value is None else Compared(**{**vars(row), "p_holm": next(corrected)}) for row in found]
 
@@ -81,6 +86,17 @@ def _is_load(outcome: Outcome, column: str) -> bool:
     """Whether a column, or any that it is the mean of, is a load: which is neither good nor bad."""
     names = (column, *outcome.table.columns[column].mean_of)
     return any(place is not None and place.load is not None for place in map(outcome.settings.columns.get, names))
+
+
+def _unequal(outcome: Outcome, own: Cell, other: Cell) -> str:
+    """Scores or data that only `mixed=mark` lets stand, or keys of the command line that one of the two had alone."""
+    if own.odd or other.odd:
+        return "see *"
+    given = [
+        {text for run in cell.runs for text in told_beyond(outcome.table, outcome.scale, run)} for cell in (own, other)
+    ]
+    alone = sorted(text for text in given[0] ^ given[1] if not text.startswith("experts."))
+    return f"{alone[0]} was given to one of the two alone" if alone else ""
 
 
 def _over_documents(outcome: Outcome, own: Cell, other: Cell, seeds: list[int]) -> tuple[Paired | None, str]:

@@ -82,7 +82,9 @@ class Found:
 
 
 def sweeps(root: Path) -> list[Sweep]:
-    """Raises DataError for a folder that holds something else."""
+    """Raises DataError for a folder that holds something else, and for what is no folder."""
+    if root.exists() and not root.is_dir():
+        raise DataError(f"run_dir={root} is a file; give a folder")
     places = [path for path in root.glob("sweep-*") if path.is_dir()] if root.is_dir() else []
     try:
         ordered = sorted(places, key=lambda path: int(path.name.removeprefix("sweep-")))

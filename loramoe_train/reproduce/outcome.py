@@ -9,13 +9,16 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from loramoe_train.errors import ConfigError, DataError, shown
+from loramoe_train.reproduce.changed import told
 from loramoe_train.reproduce.folder import Found
 from loramoe_train.reproduce.runs import chosen, scale_of
 from loramoe_train.reproduce.schema import Load, Number, PaperTable, Place, Scale
+from loramoe_train.sweeps.status import FAILED
 from loramoe_train.sweeps.table import LIBRARIES, deviation, scored_otherwise, told_apart
 
 MEASURED, NOT_RUN, NOT_COMPARABLE = "measured here", "not run", "not comparable"
 CONFIDENCE = 0.95
+DIVERGED = "diverged.json"  # what training leaves beside its log then
 
 
 @dataclass(frozen=True)
@@ -122,7 +125,10 @@ def outcome(
         raise ConfigError(f"{next(iter(odd.values()))}; mixed=mark shows the table all the same, with a star there")
     cells = {
         base: {
-            method: tuple(_cell(table, scale, sources[method], odd, base, method, column) for column in table.columns)
+            method: tuple(
+                told(_cell(table, scale, sources[method], odd, base, method, column), table, scale_name)
+                for column in table.columns
+            )
             for method in chosen("methods", methods, table.methods)
         }
         for base in chosen("bases", bases, scale.bases)
@@ -244,7 +250,7 @@ def _best_variants(found: Sequence[Found]) -> tuple[list[Found], list[str]]:
         losses = {}
         for name, runs in variants.items():
             values = [loss for run in runs if (loss := _validation_loss(run)) is not None]
-            if len(values) == len(runs) == len(seeds):
+            if len(values) == len(runs) and {run.seed for run in runs} == seeds:
                 losses[name] = sum(values) / len(values)
         if len(losses) < len(variants):  # a part of the grid would be another, easier choice for this method
             waiting = [run for runs in variants.values() for run in runs if _validation_loss(run) is None]
@@ -254,6 +260,10 @@ def _best_variants(found: Sequence[Found]) -> tuple[list[Found], list[str]]:
             continue
         name = min(losses, key=lambda key: losses[key])
         rates = sorted(losses, key=lambda key: float(key.removeprefix("lr-")))
+        if losses[name] == math.inf:
+            notes.append(f"{method} on {base} ({train}): training diverged at every rate")
+            best += variants[name]
+            continue
         said = f"{name} of {len(losses)} has the lowest validation loss ({losses[name]:.4f})"
         if name in (rates[0], rates[-1]):
             said += "; it is at the end of the grid, where a better one may lie beyond"
@@ -263,7 +273,10 @@ def _best_variants(found: Sequence[Found]) -> tuple[list[Found], list[str]]:
 
 
 def _validation_loss(run: Found) -> float | None:
-    stages = run.status.results.get("training", {}).get("stages") or [{}]
+    """At the end of training; infinite where it diverged, for that is the worst of rates and no gap in the grid."""
+    if run.status.state == FAILED and (run.path / DIVERGED).is_file():
+        return math.inf
+    stages = (run.status.results.get("training") or {}).get("stages") or [{}]
     value = stages[-1].get("eval_loss")
     return float(value) if isinstance(value, int | float) else None
 

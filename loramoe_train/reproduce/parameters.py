@@ -5,6 +5,7 @@ from dataclasses import dataclass, replace
 
 from loramoe_train.errors import ConfigError
 from loramoe_train.planning import Counts, make_counts
+from loramoe_train.reproduce.folder import Found
 from loramoe_train.reproduce.runs import Wanted, compose_run, pairs
 from loramoe_train.reproduce.schema import Figure, PaperTable
 from loramoe_train.schema.run import RunConfig
@@ -123,13 +124,33 @@ def equal_budgets(table: PaperTable, runs: Sequence[Wanted], budget: str) -> tup
             targets[where] = _size(_reference(table, runs, where), budget)
         config = run.config if run.method == table.reference else _fitted(run, targets[where], budget)
         made[key] = config
-        size, rank = _size(config, budget), config.experts.rank
-        notes.append(
-            f"{run.method} on {run.base} ({run.train}): rank {rank}, {size:,} of {targets[where]:,} parameters"
-            f" ({100 * (size / targets[where] - 1):+.1f} %)"
-        )
+        notes.append(_reached(key, config, targets[where], budget))
     with_ranks = [replace(run, config=_ranks_of(run.config, made[run.base, run.method, run.train])) for run in runs]
     return with_ranks, notes
+
+
+def budgets_of(table: PaperTable, found: Iterable[Found], budget: str) -> list[str]:
+    """The same lines for runs that are there, from the configs they were started with. Raises LoramoeError."""
+    configs: dict[tuple[str, str, str], RunConfig] = {}
+    for run in found:
+        key = (run.base, run.method, run.train)
+        if key not in configs:
+            configs[key] = run.sweep.config(run.status.run)
+    notes = []
+    for key, config in configs.items():
+        reference = configs.get((key[0], str(table.reference), key[2]))
+        if reference is not None:
+            notes.append(_reached(key, config, _size(reference, budget), budget))
+    return notes
+
+
+def _reached(key: tuple[str, str, str], config: RunConfig, target: int, budget: str) -> str:
+    base, method, train = key
+    size = _size(config, budget)
+    return (
+        f"{method} on {base} ({train}): rank {config.experts.rank}, {size:,} of {target:,} parameters"
+        f" ({100 * (size / target - 1):+.1f} %)"
+    )
 
 
 def _reference(table: PaperTable, runs: Iterable[Wanted], where: tuple[str, str]) -> RunConfig:

@@ -7,8 +7,8 @@ from typing import Any
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from loramoe_train.composition import chosen_losses, normalised, register, with_hydra_errors
-from loramoe_train.data.definitions import load_definitions
+from loramoe_train.choices import check_choices
+from loramoe_train.composition import chosen_losses, define_tasks, normalised, register, with_hydra_errors
 from loramoe_train.errors import ConfigError, LoramoeError, nearest
 from loramoe_train.paths import CONFIGS
 from loramoe_train.reproduce.schema import PaperTable, Scale
@@ -140,6 +140,7 @@ def compose_run(overrides: Sequence[str], typed: Sequence[str]) -> RunConfig:
     if not _registered:
         register()
         _registered.append(True)
+    check_choices(overrides)
     values: dict[str, Any] = {}
 
     def job() -> None:
@@ -157,10 +158,7 @@ def compose_run(overrides: Sequence[str], typed: Sequence[str]) -> RunConfig:
         raise ConfigError(str(error).splitlines()[0]) from error
     refuse_untyped(values, typed)
     values["aux_loss"] = chosen_losses(values["aux_loss"], overrides)
-    tasks, definitions = values["data"].get("tasks"), values["data"].get("definitions") or {}
-    if isinstance(tasks, list):
-        made = load_definitions([str(t) for t in tasks if t not in definitions], [CONFIGS / "data" / "task"])
-        values["data"]["definitions"] = {**made, **definitions}
+    define_tasks(values["data"], [CONFIGS / "data" / "task"])
     return validate(values)
 
 
@@ -175,7 +173,12 @@ def same_order(trainer: TrainerConfig) -> TrainerConfig:
 
 
 def with_learning_rates(runs: Sequence[Wanted], factors: Sequence[float] = LR_FACTORS) -> list[Wanted]:
-    """Every run at every rate of a grid around its own; the routers' rates go with it. One of them scores the base."""
+    """Every run at every rate of a grid around its own; the routers' rates go with it. One of them scores the base.
+
+    Raises ConfigError for runs without a validation loss, by which the best is chosen.
+    """
+    if not all(run.config.data.validation_examples for run in runs):
+        raise ConfigError("sweep=lr chooses rates by validation loss, and data.validation_examples=0 leaves none")
     found = []
     for run in runs:
         for factor in factors:

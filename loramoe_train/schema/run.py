@@ -13,6 +13,8 @@ from loramoe_train.schema.launcher import LauncherConfig
 from loramoe_train.schema.model import ModelConfig, SuggestConfig
 from loramoe_train.schema.trainer import TrainerConfig
 
+SEEDS = 2**63  # generators of random numbers take no more
+
 
 class RowsConfig(Strict):
     """Where the rows of benchmarks are."""
@@ -23,8 +25,8 @@ class RowsConfig(Strict):
 class ScoringConfig(Strict):
     """What scoring needs of a model that no run of this program made."""
 
-    seed: int = Field(default=0, ge=0)
-    run_dir: str | None = None  # folder of the results; null: outputs/eval/NAME-HASH
+    seed: int = Field(default=0, ge=0, lt=SEEDS)
+    run_dir: str | None = Field(default=None, min_length=1)  # folder of the results; null: outputs/eval/NAME-HASH
     offline: bool = False  # fetch nothing: sets the hub libraries' offline switches
     model: ModelConfig
     data: RowsConfig = Field(default_factory=RowsConfig)
@@ -38,8 +40,8 @@ class ScoringConfig(Strict):
 class RunConfig(Strict):
     """Everything that a run needs; `config.resolved.yaml` is its dump."""
 
-    seed: int = Field(default=0, ge=0)
-    run_dir: str | None = None  # folder of the run; null: outputs/DATE/TIME
+    seed: int = Field(default=0, ge=0, lt=SEEDS)
+    run_dir: str | None = Field(default=None, min_length=1)  # folder of the run; null: outputs/DATE/TIME
     resume: str | None = None  # "auto": continue the newest complete checkpoint of run_dir; or a checkpoint folder
     resume_changes: list[str] = Field(default_factory=list)  # keys that may differ from the run that is continued
     init_from: str | None = None  # run folder, checkpoint or adapter whose weights a new run starts from

@@ -9,7 +9,8 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from pydantic import ValidationError
 
-from loramoe_train.errors import ConfigError, nearest
+from loramoe_train.errors import ConfigError, DataError, nearest
+from loramoe_train.rundir import RESULTS
 from loramoe_train.schema.launcher import LauncherConfig
 from loramoe_train.screen import screen
 from loramoe_train.sweeps.status import FAILED, ask, look, statuses, summary
@@ -69,6 +70,8 @@ def show_table(sweep: Sweep, arguments: Sequence[str]) -> None:
 
     known = {"format": FORMATS, "side": SIDES, "over": None, "mixed": MIXED}
     options = _options(arguments, known)
+    if options.get("format") == "csv" and {"side", "over"} & options.keys():
+        raise ConfigError("format=csv has every run and every side by itself; leave side= and over= out")
     found = look(sweep, lambda line: print(line, file=sys.stderr))
     mark = options.get("mixed") == "mark"
     table = make_table(sweep, found, side=options.get("side", "tuned"), over=options.get("over"), mark=mark)
@@ -105,6 +108,9 @@ def retry_failed(sweep: Sweep, arguments: Sequence[str]) -> None:
     from loramoe_train.sweeps.start import again
 
     found = statuses(sweep, ask(sweep))  # who is not answered here does not start a run twice
+    for each in found:
+        if each.state == FAILED and (sweep.folder(each.run) / RESULTS).is_file():
+            raise DataError(f"{each.why}: remove that file, and the same command makes it again")
     numbers = [each.run.number for each in found if each.state == FAILED]
     launcher = _with_typed(sweep.parameters, arguments)
     for number in numbers:  # the sweep's folder may come from somebody else

@@ -63,10 +63,13 @@ def print_cost(
     sweep: Sweep = runs_of(composed)
     known: dict[str, Cost] = {}
     costs = []
-    for run in composed:
+    for number, run in enumerate(composed):
         key = _key(run.config)
         if key not in known:
-            known[key] = cost_of(run.config, batch=batch, sequence=sequence)
+            try:
+                known[key] = cost_of(run.config, batch=batch, sequence=sequence)
+            except LoramoeError as error:
+                raise type(error)(f"{sweep.label(sweep.runs[number])}: {error}") from error
         costs.append(known[key])
     varying, launcher = sweep.varying(), composed[0].config.launcher
     table = Table(title=f"{len(composed)} runs", title_justify="left", show_footer=True)

@@ -57,13 +57,9 @@ def _status(sweep: Sweep, run: Run, queued: Mapping[str, str] | None, pooled: bo
     from loramoe_train.sweeps import slurm
 
     folder = sweep.folder(run)
-    damaged = ""
-    try:
-        return RunStatus(run, DONE, results=read_results(folder / RESULTS))
-    except MissingFileError:
-        pass
-    except DataError as error:
-        damaged = str(error)
+    done, damaged = _results(run, folder)
+    if done is not None:
+        return done
     step = last_step(folder)
     if not run.jobs:
         return RunStatus(run, FAILED, "it was never started", step)
@@ -78,11 +74,24 @@ def _status(sweep: Sweep, run: Run, queued: Mapping[str, str] | None, pooled: bo
         return RunStatus(run, WAITING, "", step)
     if queued is None:
         return RunStatus(run, UNKNOWN, "SLURM could not be asked", step)
+    done, damaged = _results(run, folder)  # it may have ended since the first look, before that for its lock
+    if done is not None:
+        return done
     said = damaged or (last_error(log) if log.is_file() else "its job never began: it was cancelled, or lost")
     if sweep.launcher == "local" and pooled and not said:
         return RunStatus(run, RUNNING, "", step)  # it has not reached its folder yet
     ended = state if state not in ("COMPLETED", "FAILED") else ""
     return RunStatus(run, FAILED, ": ".join(filter(None, (ended, said))) or "it left no results and said nothing", step)
+
+
+def _results(run: Run, folder: Path) -> tuple[RunStatus | None, str]:
+    """The status of a run that is done, and what is wrong with results that cannot be read."""
+    try:
+        return RunStatus(run, DONE, results=read_results(folder / RESULTS)), ""
+    except MissingFileError:
+        return None, ""
+    except DataError as error:
+        return None, str(error)
 
 
 def last_step(folder: Path) -> int | None:

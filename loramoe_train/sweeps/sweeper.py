@@ -42,6 +42,8 @@ class Sweeper(HydrasSweeper):
         given = [f"{key}={value}" for key, value in self.params.items()]
         overrides = OverridesParser.create(config_loader=self.loader).parse_overrides([*given, *arguments])
         (combinations,) = BasicSweeper.split_arguments(overrides, None)
+        if not combinations:
+            raise ConfigError(f"{shown(arguments)}: the sweep has no runs, for a list, range or glob in it is empty")
         runs = [self._composed(list(chosen), number) for number, chosen in enumerate(combinations)]
         self.hand_over(runs, dict(getattr(self.launcher, "params", {})))
         return []

@@ -73,7 +73,7 @@ def make_table(
 def _number(results: Mapping[str, Any], measure: str, side: str, names: Sequence[str]) -> float | None:
     """Scores in per cent, the loss in nats; None where the run has none."""
     if measure == LOSS:
-        stages = results.get("training", {}).get("stages") or [{}]
+        stages = (results.get("training") or {}).get("stages") or [{}]
         return stages[-1].get("eval_loss")
     if measure == MEAN:
         values = [_number(results, name, side, names) for name in names]
@@ -152,15 +152,21 @@ def as_markdown(table: Table) -> str:
 
 
 def as_csv(sweep: Sweep, found: Sequence[RunStatus]) -> str:
-    """Every run and every number as it is stored, for other programs; an empty cell is a number that is not there."""
+    """Every run and every number as it is stored, for other programs; an empty cell is a number that is not there.
+
+    Where scores were made otherwise than most, a last column says so.
+    """
     names = list(dict.fromkeys(name for each in found for name in each.results.get("scores", {})))
+    odd = _made_otherwise(sweep, found, names)
+    last = ["made otherwise"] if odd else []
     out = io.StringIO()
     writer = csv.writer(out, lineterminator="\n")
     varying = sweep.varying()
-    writer.writerow(["run", *varying, "state", *(f"{name} {side}" for name in names for side in SIDES), LOSS])
+    writer.writerow(["run", *varying, "state", *(f"{name} {side}" for name in names for side in SIDES), LOSS, *last])
     for each in found:
         values, scores = sweep.values(each.run), each.results.get("scores", {})
         cells = [scores.get(name, {}).get(side) for name in names for side in SIDES]
         loss = _number(each.results, LOSS, "tuned", names)
-        writer.writerow([each.run.number, *(values.get(key) for key in varying), each.state, *cells, loss])
+        why = ["; ".join(text for (number, _), text in odd.items() if number == each.run.number)] if odd else []
+        writer.writerow([each.run.number, *(values.get(key) for key in varying), each.state, *cells, loss, *why])
     return out.getvalue().rstrip("\n")

@@ -91,6 +91,12 @@ def test_samples_are_one_document_a_line(tmp_path):
         ("[]", "has no 'scores'"),
         ('{"scores": 3}', "has no 'scores'"),
         ('{"scores": {"cola": {"base": null}}}', "scores.cola has no number 'tuned' or 'base'"),
+        ('{"scores": {"cola": {"base": 0.5, "tuned": "much"}}}', "scores.cola.tuned is no number"),
+        pytest.param("[" * 100_000, "is not a readable results file", id="deep"),
+        ('{"scores": {}, "training": 3}', "its 'training' is not what a run writes"),
+        ('{"scores": {}, "training": {"stages": [3]}}', "its 'training' is not what a run writes"),
+        ('{"scores": {}, "training": {"stages": [{"eval_loss": "low"}]}}', "its 'training' is not what a run writes"),
+        ('{"scores": {}, "versions": [1]}', "its 'versions' is not what a run writes"),
     ],
 )
 def test_broken_file_is_one_line(tmp_path, text, complaint):

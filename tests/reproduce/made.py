@@ -1,11 +1,13 @@
 """A paper's table and finished runs of it, made up: no training, no composing."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import yaml
 
+from loramoe_train.reproduce.folder import Found
 from loramoe_train.reproduce.schema import PaperTable
 from loramoe_train.schema.launcher import LauncherConfig
 from loramoe_train.sweeps.sweep import Job, Run, Sweep
@@ -81,3 +83,15 @@ def finished(root: Path, runs: dict[str, dict[str, Any] | str | None], number: i
 def scores(a: float, b: float = 0.5, *, base: float | None = None, **made_with: Any) -> dict[str, Any]:
     """Of the two benchmarks, as fractions."""
     return {name: {"tuned": v, "base": base, **made_with} for name, v in (("tiny_math", a), ("tiny_code", b))}
+
+
+def given(run: Found, *typed: str, computed: tuple[str, ...] = ()) -> Found:
+    """The run as if the command line had said this of it."""
+    own = (
+        f"recipe={run.method}",
+        "model=tiny",
+        "data=tiny",
+        *(["experts.layout=2468"] if run.method == "mola" else []),
+    )
+    overrides = (*own, *typed, "eval.base=true", *computed, "seed=0")
+    return replace(run, status=replace(run.status, run=replace(run.status.run, overrides=overrides)))

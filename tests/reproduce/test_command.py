@@ -2,6 +2,10 @@
 
 from pathlib import Path
 
+import pytest
+
+from loramoe_train.errors import ConfigError
+from loramoe_train.reproduce.command import HELP, parsed, run
 from tests.cli import check_refused
 from tests.forks import run_forked
 
@@ -26,3 +30,43 @@ def test_refusals_are_one_line_and_start_nothing(tmp_path: Path) -> None:
     ):
         check_refused(run_forked("reproduce", *arguments, cwd=tmp_path), 2, words)
     assert not list(tmp_path.iterdir())
+
+
+def test_plan_as_an_option(capsys: pytest.CaptureFixture[str]) -> None:
+    assert parsed(["mola_table1", "--plan", "seeds=0"]) == parsed(["mola_table1", "plan=true", "seeds=0"])
+    run(["mola_table1", "--help"])
+    assert capsys.readouterr().out.strip() == HELP.strip() and "--plan" in HELP
+
+
+@pytest.mark.parametrize(
+    ("argument", "words"),
+    [
+        ("--seeds=0,1", "unknown option --seeds=0,1; the only ones are --plan and --help: write seeds=0,1"),
+        ("--format", "write format=VALUE"),
+        ("--plan=true", "write plan=true"),
+        ("--dry-run", "unknown option --dry-run"),
+        ("-m", "unknown option -m"),
+        ("seeds=", "seeds=: seeds has no value"),
+        ("seeds=0,99999999999999999999", "must be different whole numbers"),
+        ("seeds=0,0", "must be different whole numbers"),
+        ("methods=[]", "methods has no value"),
+        ("run_dir=", "run_dir has no value"),
+        ("scale=small", "scale is given twice, as tiny and as small"),
+        ("sale", "'sale' is no KEY=VALUE; did you mean 'scale'?"),
+        ("", "'' is no KEY=VALUE"),
+        ("hydra.launcher.partition=gpu", "keys of hydra do nothing here; launcher.KEY=VALUE says"),
+        ("+hydra/launcher=basic", "keys of hydra do nothing here"),
+        ("tokens_per_second=nan", "tokens_per_second=nan must be a positive number"),
+        ("tokens_per_second=0", "must be a positive number"),
+        ("tokens_per_second=100", "tokens_per_second goes with plan=true"),
+    ],
+)
+def test_an_argument_that_is_none(argument: str, words: str) -> None:
+    with pytest.raises(ConfigError) as refused:
+        run(["mola_table1", "scale=tiny", argument])
+    assert words in str(refused.value)
+
+
+def test_the_name_comes_first() -> None:
+    with pytest.raises(ConfigError, match="wants the name of a table first, got '--plan'"):
+        run(["--plan", "mola_table1"])

@@ -9,7 +9,7 @@ from loramoe_train.evaluation.units import SAMPLES, facts_of, write_unit
 from loramoe_train.reproduce.compare import Compared, compare
 from loramoe_train.reproduce.folder import find
 from loramoe_train.reproduce.outcome import outcome
-from tests.reproduce.made import finished, scores, table
+from tests.reproduce.made import finished, given, scores, table
 
 RIGHT = [1.0] * 10 + [0.0] * 10
 BETTER = [1.0] * 19 + [0.0]  # gains 9, loses none
@@ -87,3 +87,19 @@ def test_without_documents_seeds_alone_are_tested(tmp_path: Path) -> None:
         rows[0].difference == pytest.approx(40.0) and rows[0].verdict == "better" and "cannot be paired" in rows[0].why
     )
     assert rows[1].verdict == "within noise"  # column B: the same scores
+
+
+def test_runs_that_were_not_made_alike_get_no_verdict(tmp_path: Path) -> None:
+    finished(tmp_path / "data", {"tiny/lora/all/0": scores(0.2)})
+    finished(tmp_path / "data", {"tiny/mola/all/0": scores(0.6)}, number=2, max_examples=7)
+    marked = compare(outcome(table(), "paper", find(tmp_path / "data"), mark=True), "tiny")
+    assert [row.verdict for row in marked] == ["not comparable: see *"] * 3
+
+    finished(tmp_path / "steps", {"tiny/lora/all/0": scores(0.2), "tiny/mola/all/0": scores(0.6)})
+    lora, mola = find(tmp_path / "steps")
+    for steps, verdict in (
+        ("3", "not tested: one seed"),
+        ("60", "not comparable: trainer.max_steps=3 was given to one"),
+    ):
+        runs = [given(lora, "trainer.max_steps=3"), given(mola, f"trainer.max_steps={steps}")]
+        assert {row.verdict[: len(verdict)] for row in compare(outcome(table(), "paper", runs), "tiny")} == {verdict}

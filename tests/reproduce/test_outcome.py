@@ -11,7 +11,7 @@ from loramoe_train.errors import ConfigError, DataError
 from loramoe_train.reproduce.folder import find
 from loramoe_train.reproduce.outcome import MEASURED, NOT_COMPARABLE, NOT_RUN, Outcome, outcome
 from loramoe_train.reproduce.show import as_csv, as_latex, as_markdown, cell_text, statuses
-from tests.reproduce.made import finished, scores, table
+from tests.reproduce.made import finished, given, scores, table
 
 RUNS = {
     "tiny/lora/all/0": scores(0.4, 0.5, base=0.1),
@@ -182,6 +182,35 @@ def test_an_end_of_the_grid_and_a_grid_with_gaps(tmp_path: Path) -> None:
     assert cells(found, "lora")["a"].status == NOT_RUN and "no rate is chosen yet" in found.notes[0]
 
 
+def test_a_rate_at_which_training_diverged_is_the_worst_and_no_gap(tmp_path: Path) -> None:
+    runs = {
+        **rated({"0.1": (1.0, 1.0), "0.2": (0.9, 0.9)}),
+        "tiny/lora/all/lr-0.8/0": None,
+        "tiny/lora/all/lr-0.8/1": None,
+    }
+    sweep = finished(tmp_path, runs)
+    for seed in "01":
+        (sweep.root / f"tiny/lora/all/lr-0.8/{seed}").mkdir(parents=True)
+        (sweep.root / f"tiny/lora/all/lr-0.8/{seed}/diverged.json").write_text("{}")
+    found = outcome(table(), "paper", find(tmp_path))
+    assert found.notes == ("lora on tiny (all): lr-0.2 of 3 has the lowest validation loss (0.9000)",)
+    assert cells(found, "lora")["a"].status == MEASURED
+
+    for run in find(tmp_path):
+        (run.path / "results.json").unlink(missing_ok=True)
+        (run.path / "diverged.json").write_text("{}")
+    found = outcome(table(), "paper", find(tmp_path))
+    assert found.notes == ("lora on tiny (all): training diverged at every rate",)
+    assert cells(found, "lora")["a"].status == NOT_RUN
+
+
+def test_runs_are_not_looked_for_in_a_file(tmp_path: Path) -> None:
+    (tmp_path / "notes.txt").write_text("mine")
+    with pytest.raises(DataError, match="notes.txt is a file; give a folder"):
+        find(tmp_path / "notes.txt")
+    assert find(tmp_path / "nothing yet") == []
+
+
 def test_a_picture(tmp_path: Path) -> None:
     from loramoe_train.reproduce.plot import check_plot, plot
 
@@ -192,3 +221,24 @@ def test_a_picture(tmp_path: Path) -> None:
         plot(found, tmp_path / name)
         assert (tmp_path / name).read_bytes().startswith(begin)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["runs", "table.pdf", "table.png"]
+
+
+def test_a_run_with_less_than_the_table_says_is_not_set_against_the_paper(tmp_path: Path) -> None:
+    finished(tmp_path, RUNS)
+    runs = find(tmp_path)
+    elsewhere = ("launcher.array_parallelism=2", "data.root=x", "trainer.micro_batch_size=1")
+    same = outcome(table(), "paper", [given(run, *elsewhere, computed=("trainer.lr=0.1",)) for run in runs])
+    assert cells(same, "lora")["a"].status == MEASURED and cells(same, "lora")["a"].difference is not None
+
+    short = outcome(table(), "paper", [given(run, "trainer.max_steps=3") for run in runs])
+    lora = cells(short, "lora")
+    assert (lora["a"].status, lora["a"].difference) == (NOT_COMPARABLE, None) and lora["a"].mean == pytest.approx(50.0)
+    assert lora["a"].why == "run with trainer.max_steps=3, which the table does not say"
+    assert lora["b"].why == "another judge; run with trainer.max_steps=3, which the table does not say"
+    assert cells(short, "base")["a"].status == MEASURED  # which nobody trained
+
+    few = outcome(table(), "paper", [given(run, "eval.limit=4") for run in runs])
+    assert {cells(few, row)["a"].status for row in ("base", "lora", "mola")} == {NOT_COMPARABLE}
+
+    budget = outcome(table(), "paper", [given(run, computed=("experts.rank=7", "experts.alpha=14.0")) for run in runs])
+    assert "experts.rank=7" in cells(budget, "mola")["a"].why and cells(budget, "base")["a"].status == MEASURED

@@ -2,6 +2,7 @@
 
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import yaml
@@ -11,7 +12,7 @@ from loramoe_train.errors import ConfigError, DataError
 from loramoe_train.planning import make_counts
 from loramoe_train.reproduce import tables
 from loramoe_train.reproduce.folder import complete, find
-from loramoe_train.reproduce.parameters import Counted, equal_budgets
+from loramoe_train.reproduce.parameters import Counted, budgets_of, equal_budgets
 from loramoe_train.reproduce.runs import Wanted, compose_run, same_run, wanted, with_learning_rates
 from loramoe_train.schema.run import RunConfig
 from loramoe_train.training.stages import plan_stages
@@ -103,6 +104,9 @@ def test_ranks_for_the_same_budget(runs: list[Wanted], budget: str) -> None:
         ratio = before.config.experts.alpha / before.config.experts.rank
         assert after.experts.rank != before.config.experts.rank and after.experts.alpha / after.experts.rank == ratio
     assert [run.config.seed for run in fitted] == [run.config.seed for run in runs]
+    stored = SimpleNamespace(config=lambda run: run.config)
+    there = [SimpleNamespace(**vars(run), sweep=stored, status=SimpleNamespace(run=run)) for run in fitted]
+    assert budgets_of(table, there, budget) == notes  # told from stored configs too
 
 
 def test_a_budget_that_cannot_be_met_is_refused(runs: list[Wanted]) -> None:
@@ -140,6 +144,12 @@ def test_a_grid_of_learning_rates_for_every_method(runs: list[Wanted]) -> None:
         same_run(mixer[1].config, next(run for run in runs if run.folder == "tiny/lora_mixer/all/0").config, ()) == []
     )
     assert mixer[0].folder == f"tiny/lora_mixer/all/lr-{0.5 * own.lr:.3g}/0"
+
+
+def test_rates_are_not_chosen_without_a_validation_loss(runs: list[Wanted]) -> None:
+    data = runs[0].config.data.model_copy(update={"validation_examples": 0})
+    with pytest.raises(ConfigError, match="data.validation_examples=0 leaves none"):
+        with_learning_rates([replace(runs[0], config=runs[0].config.model_copy(update={"data": data}))])
 
 
 def test_what_was_made_otherwise_is_not_taken_for_the_same(runs: list[Wanted], tmp_path: Path) -> None:

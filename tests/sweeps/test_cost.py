@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 
+from loramoe_train.errors import ConfigError
 from loramoe_train.planning import make_counts
 from loramoe_train.schema.run import RunConfig
 from loramoe_train.schema.trainer import TrainerConfig
@@ -62,3 +63,10 @@ def test_runs_that_cost_the_same_are_counted_once(monkeypatch: pytest.MonkeyPatc
 
 def longer(config: RunConfig) -> TrainerConfig:
     return config.trainer.model_copy(update={"max_steps": 9})
+
+
+def test_a_run_that_cannot_be_counted_is_named() -> None:
+    wrong = composed("+recipe=mola").experts.model_copy(update={"layout": [1, 2]})
+    runs = [combination("experts.layout=2468"), combination("experts.layout=[1,2]", experts=wrong)]
+    with pytest.raises(ConfigError, match=r"^run 1 \(experts.layout=\[1,2\]\): experts.layout=\[1, 2\] has 2 entries"):
+        print_cost(runs)

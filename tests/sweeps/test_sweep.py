@@ -201,6 +201,7 @@ def test_one_process_for_each_gpu() -> None:
         (["seed=0,0"], ["is the same as run 0"]),
         (["seed=0,1", "hydra.sweep.subdir=x"], ["would share the folder x"]),
         (["launcher.gpus_per_node=3"], ["launcher.gpus_per_node=3, but this machine has 0"]),
+        (["seed=range(0,0)"], ["seed=range(0,0)", "the sweep has no runs"]),
         (["launcher.nodes=2"], ["launcher.nodes=2 needs launcher=slurm"]),
     ],
 )
@@ -263,6 +264,20 @@ def test_lines_of_a_job_are_typed_or_refused(tmp_path: Path) -> None:
     done = run_forked("sweep", "retry-failed", "theirs", cwd=tmp_path)
     check_refused(done, 2, "launcher.setup may only be set on the command line")
     assert {path.name for path in tmp_path.iterdir()} == {"mine", "theirs"}
+
+
+def test_a_run_that_ends_while_it_is_looked_at_has_not_failed(tmp_path: Path, monkeypatch) -> None:
+    sweep = finished(tmp_path / "sweep", [("seed=0",)], [None])
+
+    def ends(folder: Path) -> bool:
+        if folder == sweep.folder(sweep.runs[0]):
+            folder.mkdir()
+            (folder / "results.json").write_text(json.dumps(results({"gsm8k": 0.5})))
+        return False
+
+    monkeypatch.setattr("loramoe_train.sweeps.status.is_locked", ends)
+    (status,) = look(sweep)
+    assert status.state == DONE and status.results["scores"]["gsm8k"]["tuned"] == 0.5
 
 
 def test_a_finished_run_is_left_alone(tmp_path: Path) -> None:

@@ -1,12 +1,14 @@
 """Tables of made-up results: the numbers by hand, what is missing, what cannot be compared."""
 
+import csv
+import io
 import json
 import time
 from pathlib import Path
 
 import pytest
 
-from loramoe_train.errors import ConfigError
+from loramoe_train.errors import ConfigError, DataError
 from loramoe_train.sweeps.command import run as command
 from loramoe_train.sweeps.status import look
 from loramoe_train.sweeps.sweep import read_sweep
@@ -74,6 +76,8 @@ def test_scores_that_were_made_otherwise(change: dict, words: str, tmp_path: Pat
     table = make_table(sweep, look(sweep), mark=True)
     assert [row[2] for row in table.rows] == ["50.0", "60.0", "70.0*"]
     assert len(table.notes) == 1 and words in table.notes[0]
+    head, *rows = csv.reader(io.StringIO(as_csv(sweep, look(sweep))))
+    assert head[-1] == "made otherwise" and [words in row[-1] for row in rows] == [False, False, True]
 
 
 def test_another_version_of_the_harness(tmp_path: Path) -> None:
@@ -95,6 +99,8 @@ def test_damaged_results_are_one_line(tmp_path: Path, capsys: pytest.CaptureFixt
     said = capsys.readouterr().out.splitlines()
     assert said[3] == "| 1 | 1 | failed | failed |"
     assert said[-1].startswith("run 1 (seed=1) failed: ") and "results.json is not a readable results file" in said[-1]
+    with pytest.raises(DataError, match="remove that file, and the same command makes it again"):
+        command(["retry-failed", str(root)])
     assert (root / "1" / "results.json").read_text() == before
 
 
@@ -103,9 +109,9 @@ def test_two_hundred_runs_within_seconds(tmp_path: Path, capsys: pytest.CaptureF
     runs = [(f"experts.rank={rank}", f"seed={seed}") for rank in range(1, 41) for seed in range(5)]
     finished(tmp_path / "sweep", runs, [{name: 0.5 + n / 1000 for name in names} for n in range(200)])
     for text in ("format=csv", "over=seed", "format=text"):
-        began = time.perf_counter()
+        began = time.process_time()  # what other programs take of the machine does not count
         command(["table", str(tmp_path / "sweep"), text])
-        assert time.perf_counter() - began < 5
+        assert time.process_time() - began < 5
         said = capsys.readouterr().out
         if text == "format=csv":
             assert len(said.splitlines()) == 201 and said.splitlines()[200].startswith("199,40,4,done,0.699")
@@ -120,6 +126,7 @@ def test_two_hundred_runs_within_seconds(tmp_path: Path, capsys: pytest.CaptureF
         (["table"], "wants the folder of a sweep first"),
         (["table", "FOLDER", "formt=csv"], "unknown option 'formt=csv'; did you mean 'format'?"),
         (["table", "FOLDER", "format=latex"], "format must be one of text, markdown, csv"),
+        (["table", "FOLDER", "format=csv", "over=seed"], "format=csv has every run and every side by itself"),
         (["table", "FOLDER", "over=sed"], "over=sed is no key that varies in"),
         (["table", "FOLDER", "side=tund"], "side must be one of tuned, base, difference"),
         (["retry-failed", "FOLDER", "seed=4"], "retry-failed takes launcher.KEY=VALUE only, got 'seed=4'"),
