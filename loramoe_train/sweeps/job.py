@@ -48,6 +48,7 @@ class SweepJob:
             run_one(Path(root), number)
         except SystemExit as left:
             if left.code == SavedOnSignal.exit_code and not told and _is_preempted(environment.job_id):
+                assert callable(queue_again)  # submitit's, with our words around it
                 guard(lambda: queue_again(usual, None))
             if environment.global_rank > 0 and told:
                 # a cluster may end a job with its first process, and rank 0 has not queued it again yet
