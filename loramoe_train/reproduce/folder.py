@@ -7,7 +7,7 @@ A later call with more seeds or rows adds a sweep with what is missing; nothing 
 
 import re
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -18,6 +18,7 @@ from loramoe_train.errors import ConfigError, DataError, SweepFailed
 from loramoe_train.reproduce.loads import last_record, share
 from loramoe_train.reproduce.runs import Wanted, same_run
 from loramoe_train.rundir import RESULTS, flatten
+from loramoe_train.schema.launcher import LauncherConfig
 from loramoe_train.sweeps.start import again, start
 from loramoe_train.sweeps.status import DONE, FAILED, RunStatus, look
 from loramoe_train.sweeps.sweep import CONFIGS, INNER, Composed, Sweep, read_sweep
@@ -131,10 +132,12 @@ def complete(
             raise DataError(f"{run.status.why}: remove that file, and the same command makes it again")
     missing = [run for run in runs if run.folder not in there]
     done = sum(run.folder in there and there[run.folder].done for run in runs)
-    say(f"{len(runs)} runs: {done} done, {len(failed)} failed, {len(missing)} to start")
+    under_way = len(runs) - done - len(failed) - len(missing)
+    told = f", {under_way} running or waiting" if under_way else ""
+    say(f"{len(runs)} runs: {done} done{told}, {len(failed)} failed, {len(missing)} to start")
     wait = runs[0].config.launcher.name == "local" if wait is None else wait
     problem = None
-    for job in _jobs(root, failed, missing, wait, say):
+    for job in _jobs(root, failed, missing, runs[0].config.launcher, wait, say):
         try:
             job()
         except SweepFailed as error:
@@ -143,14 +146,18 @@ def complete(
 
 
 def _jobs(
-    root: Path, failed: Sequence[Found], missing: Sequence[Wanted], wait: bool, say: Say
+    root: Path, failed: Sequence[Found], missing: Sequence[Wanted], launcher: LauncherConfig, wait: bool, say: Say
 ) -> Iterator[Callable[[], object]]:
     by_sweep: dict[Path, list[Found]] = {}
     for run in failed:
         by_sweep.setdefault(run.sweep.root, []).append(run)
     for members in by_sweep.values():
-        numbers = [run.status.run.number for run in members]
-        yield lambda members=members, numbers=numbers: again(members[0].sweep, numbers, wait=wait, say=say)
+        numbers, sweep = [run.status.run.number for run in members], members[0].sweep
+        if sweep.launcher == launcher.name:
+            sweep = replace(sweep, parameters=launcher.model_dump())  # more time, perhaps, or another partition
+        else:
+            say(f"{sweep.root} goes on with launcher={sweep.launcher}, as it was started")
+        yield lambda sweep=sweep, numbers=numbers: again(sweep, numbers, wait=wait, say=say)
     if missing:
         taken = [int(sweep.root.name.removeprefix("sweep-")) for sweep in sweeps(root)]
         place = str(root / f"sweep-{max(taken, default=0) + 1}")

@@ -4,11 +4,16 @@ submitit has a handler for SIGUSR2, which queues the job again and ends the proc
 training loop puts its own in that place, saves at the next step and then calls submitit's (training/signals.py); here
 only what submitit says when it will not queue again becomes one line of ours. The next start reads the same config and
 goes on from the newest checkpoint of its own folder.
+
+A partition with a grace time preempts by SIGTERM, and SLURM takes a job that leaves meanwhile for one that has failed.
+So a run that was told to leave by a preemption is handed to submitit's handler too, once it has saved.
 """
 
 import logging
 import os
+import re
 import signal
+import subprocess
 import sys
 import time
 from pathlib import Path
@@ -37,9 +42,14 @@ class SweepJob:
             TorchDistributedEnvironment().export(set_cuda_visible_devices=False, overwrite=True)
         signal.signal(signal.SIGTERM, signal.SIG_DFL)  # submitit ignores it; a run must save, or end
         told = _in_our_words()
+        usual = getattr(signal, f"SIG{environment.USR_SIG}")
+        queue_again = signal.getsignal(usual)  # kept, because a process that leaves ignores it
         try:
             run_one(Path(root), number)
-        except SystemExit:
+        except SystemExit as left:
+            if left.code == SavedOnSignal.exit_code and not told and _is_preempted(environment.job_id):
+                assert callable(queue_again)  # submitit's, with our words around it
+                guard(lambda: queue_again(usual, None))
             if environment.global_rank > 0 and told:
                 # a cluster may end a job with its first process, and rank 0 has not queued it again yet
                 signal.signal(signal.SIGTERM, signal.SIG_DFL)
@@ -75,12 +85,30 @@ def _in_our_words() -> list[int]:
                     f"stopped by {signal.Signals(received).name} and not queued again: {reason}; give a larger"
                     " launcher.timeout_min or launcher.max_num_timeout to loramoe-sweep retry-failed, which goes on"
                 ) from None
+            except (OSError, subprocess.SubprocessError) as error:
+                raise SavedOnSignal(
+                    f"stopped by {signal.Signals(received).name} and could not be queued again ({error});"
+                    " loramoe-sweep retry-failed goes on"
+                ) from None
 
         signal.signal(number, ours)
 
     for number in (signal.SIGUSR1, signal.SIGUSR2):
         wrap(number)
     return told
+
+
+def _is_preempted(job: str) -> bool:
+    """Whether SLURM wants the job's place, and has not queued it again yet: it runs in its grace time.
+
+    One that was cancelled, or queued again by hand, is not running any more while its processes leave.
+    """
+    try:
+        said = subprocess.run(("scontrol", "-o", "show", "job", job), capture_output=True, text=True, timeout=60).stdout
+    except (OSError, subprocess.TimeoutExpired):
+        return False
+    facts = dict(re.findall(r"(JobState|PreemptTime)=(\S+)", said))
+    return facts.get("JobState") == "RUNNING" and facts.get("PreemptTime", "None") != "None"
 
 
 def run_one(root: Path, number: int) -> None:

@@ -10,10 +10,11 @@ import yaml
 from loramoe_train.data.sampling import SamplePlan
 from loramoe_train.errors import ConfigError, DataError
 from loramoe_train.planning import make_counts
-from loramoe_train.reproduce import tables
+from loramoe_train.reproduce import folder, tables
 from loramoe_train.reproduce.folder import complete, find
 from loramoe_train.reproduce.parameters import Counted, budgets_of, equal_budgets
 from loramoe_train.reproduce.runs import Wanted, compose_run, same_run, wanted, with_learning_rates
+from loramoe_train.schema.launcher import LauncherConfig
 from loramoe_train.schema.run import RunConfig
 from loramoe_train.training.stages import plan_stages
 from tests.reproduce.made import finished, scores
@@ -170,6 +171,27 @@ def test_damaged_results_are_not_made_again_unasked(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="is not a readable results file .*remove that file"):
         complete(tmp_path, [run], wait=True, say=lambda line: None)
     assert (sweep.root / run.folder / "results.json").read_text() == '{"scores'
+
+
+@pytest.mark.parametrize(("name", "minutes"), [("local", 90), ("slurm", 60)])
+def test_another_try_gets_the_launchers_keys_of_this_call(
+    name: str, minutes: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Unless the sweep was started by another launcher, which is said."""
+    table = tables.load("lora_mixer_table2")
+    (run,) = wanted(table, "tiny", seeds=[0], methods=["lora"], root=str(tmp_path / "sweep-1"))
+    sweep = finished(tmp_path, {run.folder: None})
+    (sweep.root / ".sweep" / "configs" / "0.yaml").write_text(yaml.safe_dump(run.config.plain()))
+    launcher = LauncherConfig.model_validate({"name": name, "timeout_min": 90})
+    tries: list[tuple[int, list[int]]] = []
+    monkeypatch.setattr(
+        folder, "again", lambda sweep, numbers, **_: tries.append((sweep.parameters["timeout_min"], numbers))
+    )
+    said: list[str] = []
+    asked = replace(run, config=run.config.model_copy(update={"launcher": launcher}))
+    assert complete(tmp_path, [asked], wait=True, say=said.append) is None
+    assert tries == [(minutes, [0])] and said[0] == "1 runs: 0 done, 1 failed, 0 to start"
+    assert any("goes on with launcher=local" in line for line in said) == (name == "slurm")
 
 
 def test_molas_counts_are_the_papers() -> None:

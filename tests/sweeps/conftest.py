@@ -1,3 +1,3 @@
-from tests.sweeps.slurm import cluster
+from tests.sweeps.slurm import cluster, two_nodes
 
-__all__ = ["cluster"]
+__all__ = ["cluster", "two_nodes"]

@@ -1,13 +1,17 @@
 """What a job of a sweep makes of submitit: its handler is called and not replaced, and its refusal is one line."""
 
+import os
 import signal
+import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from loramoe_train.errors import SavedOnSignal
+from loramoe_train.guard import guard
 from loramoe_train.schema.launcher import LauncherConfig
+from loramoe_train.sweeps import job as sweep_job
 from loramoe_train.sweeps import slurm
 from loramoe_train.sweeps.job import SweepJob, _in_our_words
 from loramoe_train.training.signals import StopSignals
@@ -43,6 +47,50 @@ def test_a_job_that_is_not_queued_again_says_so_in_one_line(handler: list[int]) 
     signal.signal(signal.SIGUSR2, refuse)
     _in_our_words()
     with pytest.raises(SavedOnSignal, match="stopped by SIGUSR2 and not queued again: timed-out too many times; give"):
+        signal.raise_signal(signal.SIGUSR2)
+
+
+@pytest.mark.parametrize(
+    ("state", "preempted_at", "again"),
+    [
+        ("RUNNING", "2026-11-26T00:03:21", True),
+        ("RUNNING", "None", False),  # a signal from somebody else
+        ("CANCELLED", "2026-11-26T00:03:21", False),
+        ("PENDING", "2026-11-26T00:03:21", False),  # SLURM has queued it already
+    ],
+)
+def test_a_run_that_saved_in_its_grace_time_is_queued_again(
+    state: str, preempted_at: str, again: bool, handler: list[int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    said = f"JobId=7 JobState={state} Reason=None PreemptEligibleTime=2026-11-26T00:03:17 PreemptTime={preempted_at}"
+    (tmp_path / "scontrol").write_text(f"#!/bin/sh\n[ \"$*\" = '-o show job 7_2' ] && echo '{said}'\n")
+    (tmp_path / "scontrol").chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}{os.pathsep}{os.environ['PATH']}")
+    for name, value in (("SUBMITIT_EXECUTOR", "slurm"), ("SLURM_ARRAY_JOB_ID", "7"), ("SLURM_ARRAY_TASK_ID", "2")):
+        monkeypatch.setenv(name, value)
+    for name in ("SLURM_NTASKS", "SLURM_PROCID"):
+        monkeypatch.delenv(name, raising=False)
+
+    def train(root: Path, number: int) -> None:
+        def stopped() -> None:
+            raise SavedOnSignal("stopped by SIGTERM after step 3")
+
+        guard(stopped)
+
+    monkeypatch.setattr(sweep_job, "run_one", train)
+    with pytest.raises(SystemExit) as left:
+        SweepJob()(str(tmp_path), 2)
+    assert left.value.code == SavedOnSignal.exit_code
+    assert handler == ([signal.SIGUSR2] if again else [])
+
+
+def test_a_queue_that_does_not_take_it_is_one_line(handler: list[int]) -> None:
+    def fail(number: int, frame: object) -> None:
+        raise subprocess.CalledProcessError(1, ["scontrol", "requeue", "7"])
+
+    signal.signal(signal.SIGUSR2, fail)
+    _in_our_words()
+    with pytest.raises(SavedOnSignal, match="could not be queued again .*scontrol.*retry-failed goes on"):
         signal.raise_signal(signal.SIGUSR2)
 
 

@@ -2,13 +2,14 @@
 
 import json
 import signal
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 from tests.cli import NO_EVAL, SMALL, check_refused, lines, run_cli, same_bytes
 from tests.forks import run_forked
-from tests.sweeps.slurm import ask, wait_until
+from tests.sweeps.slurm import LONG, ask, wait_until
 
 STEPS = 12
 RUN = ("+recipe=mola", *SMALL, NO_EVAL, "data.tasks=[tiny_grammar,tiny_sentiment]", f"trainer.max_steps={STEPS}")
@@ -92,30 +93,84 @@ def test_a_sweep_that_meets_everything(cluster: dict[str, str], tmp_path: Path) 
     ]
 
 
+@pytest.fixture(scope="module")
+def two_undisturbed(two_nodes: dict[str, str], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a run in two processes that nobody disturbs."""
+    folder = tmp_path_factory.mktemp("whole") / "sweep"
+    log, _ = submit_two(two_nodes, folder, "launcher.tasks_per_node=2")
+    wait_until(lambda: (folder / "0" / "results.json").is_file(), log, timeout=LONG)
+    return folder / "0"
+
+
+def submit_two(cluster: dict[str, str], folder: Path, placed: str, slow: str = "") -> tuple[Callable[[], str], str]:
+    """A run in two processes; returns what gives its log, and its job."""
+    given = (*RUN, *SLURM, placed, f"run_dir={folder}")
+    done = run_forked("sweep", "submit", *given, cwd=folder.parent, SLOW=slow, ACCELERATE_USE_CPU="true", **cluster)
+    assert done.returncode == 0, done.stderr
+    (job,) = submitted(folder)
+    log = folder / ".sweep" / job / f"{job}_0_log.err"
+    return lambda: log.read_text() if log.is_file() else "no log", job
+
+
 @pytest.mark.nightly
-def test_two_processes_a_job_that_is_told_to_save(cluster: dict[str, str], tmp_path: Path) -> None:
-    """Both ranks save, rank 0 queues the job again, and two processes end where two undisturbed ones do."""
-    two = (*RUN, *SLURM, "launcher.tasks_per_node=2")
-    for name, slow in (("whole", ""), ("stopped", "all:1")):
-        folder = tmp_path / name
-        done = run_cli(
-            "sweep", "submit", *two, f"run_dir={folder}", cwd=tmp_path, SLOW=slow, ACCELERATE_USE_CPU="true", **cluster
-        )
-        assert done.returncode == 0, done.stderr
-        (job,) = submitted(folder)
-        log = folder / ".sweep" / job / f"{job}_0_log.err"
+@pytest.mark.parametrize("placed", ["launcher.tasks_per_node=2", "launcher.nodes=2"])
+def test_two_processes_a_job_that_is_told_to_save(
+    placed: str, two_nodes: dict[str, str], two_undisturbed: Path, tmp_path: Path
+) -> None:
+    """Both ranks save, rank 0 queues the job again, and two processes end where two undisturbed ones do, wherever
+    they are."""
+    folder = tmp_path / "sweep"
+    log, job = submit_two(two_nodes, folder, placed, slow="all:1")
+    wait_until(lambda: trained(folder / "0") >= 3, log, timeout=LONG)
+    ask(two_nodes, "scancel", f"--signal={signal.SIGUSR2.name}", job)
+    wait_until(lambda: (folder / "0" / "results.json").is_file(), log, timeout=LONG)
+    assert "this job is timed-out" in log() and "continuing step_0000" in log()
+    other = (folder / ".sweep" / job / f"{job}_1_log.err").read_text()
+    assert "Not checkpointing nor requeuing since I am a slave" in other and "Traceback" not in other + log()
+    shown = ask(two_nodes, "scontrol", "show", "job", job)
+    assert f"NumNodes={2 if 'nodes' in placed.split('=')[0] else 1}" in shown and "Restarts=1" in shown
+    assert same_bytes(two_undisturbed, folder / "0")
 
-        def said(log: Path = log) -> str:
-            return log.read_text() if log.is_file() else "no log"
 
-        if slow:
-            wait_until(lambda: trained(tmp_path / "stopped" / "0") >= 3, said, timeout=200)
-            ask(cluster, "scancel", f"--signal={signal.SIGUSR2.name}", job)
-        wait_until(lambda at=folder: (at / "0" / "results.json").is_file(), said, timeout=200)
-    assert "this job is timed-out" in said() and "continuing step_0000" in said()
-    other = (log.parent / f"{job}_1_log.err").read_text()
-    assert "Not checkpointing nor requeuing since I am a slave" in other and "Traceback" not in other + said()
-    assert same_bytes(tmp_path / "whole" / "0", tmp_path / "stopped" / "0")
+@pytest.mark.nightly
+def test_preempted_in_a_grace_time_and_cancelled_while_it_runs(cluster: dict[str, str], tmp_path: Path) -> None:
+    """SIGTERM both times: the preempted run is queued again, the cancelled one is not, and says what it has."""
+    folder = tmp_path / "sweep"
+    preempted, cancelled = range(2)
+    low = ("launcher=slurm", "launcher.gpus_per_node=0", "launcher.partition=low")  # an hour: no signal is a time limit
+    given = (*RUN, *low, f"trainer.lr={','.join(RATES[:2])}", f"run_dir={folder}")
+    done = run_forked("sweep", "submit", *given, cwd=tmp_path, SLOW="all:1", **cluster)
+    assert done.returncode == 0, done.stderr
+    jobs = submitted(folder)
+
+    def status() -> str:
+        return run_forked("sweep", "status", str(folder), cwd=tmp_path, **cluster).stdout
+
+    wait_until(lambda: all(trained(folder / str(run)) >= 2 for run in range(2)), status, timeout=LONG)
+    ask(cluster, "scancel", jobs[cancelled])
+    ask(cluster, "sbatch", "--partition=high", "--exclusive", "--output=/dev/null", "--wrap=sleep 1")
+
+    def restarted() -> bool:
+        return "Restarts=1" in ask(cluster, "scontrol", "show", "job", jobs[preempted])
+
+    wait_until(restarted, status, timeout=LONG)
+    found = status()
+    assert "1 failed" in found and "CANCELLED: stopped by SIGTERM after step" in found, found
+    again = run_forked("sweep", "retry-failed", str(folder), cwd=tmp_path, **cluster)
+    assert again.returncode == 0 and again.stderr.count("starts again") == 1, again.stderr
+    wait_until(lambda: all((folder / str(run) / "results.json").is_file() for run in range(2)), status, timeout=LONG)
+    assert submitted(folder)[preempted] == jobs[preempted] and submitted(folder)[cancelled] != jobs[cancelled]
+    logs = [
+        "".join(path.read_text() for path in sorted(folder.glob(f".sweep/*/{job}_0_log.err")))
+        for job in (jobs[preempted], submitted(folder)[cancelled])
+    ]
+    assert "stopped by SIGTERM after step" in logs[preempted] and "this job is preempted" in logs[preempted]
+    for run in range(2):
+        assert "continuing step_0000" in logs[run] and "Traceback" not in logs[run], logs[run]
+        whole = tmp_path / "whole" / str(run)
+        same = run_forked("train", *RUN, f"trainer.lr={RATES[run]}", f"run_dir={whole}", cwd=tmp_path)
+        assert same.returncode == 0, same.stderr
+        assert same_bytes(whole, folder / str(run)) and lines(whole, "train") == lines(folder / str(run), "train")
 
 
 def test_a_partition_that_is_not_there(cluster: dict[str, str], tmp_path: Path) -> None:

@@ -1,0 +1,3 @@
+from tests.sweeps.slurm import cluster
+
+__all__ = ["cluster"]
