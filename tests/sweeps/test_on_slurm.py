@@ -63,8 +63,9 @@ def test_a_sweep_that_meets_everything(cluster: dict[str, str], tmp_path: Path) 
     wait_until(lambda: trained(folder / str(TIMED_OUT)) >= 1, status, timeout=150)
     give_little_time(cluster, jobs[TIMED_OUT])
     # of its second start no step may be seen before the time is up again, on a slow machine
-    wait_until(lambda: "Restarts=0" not in ask(cluster, "scontrol", "show", "job", jobs[TIMED_OUT]), status, timeout=150)
-    ask(cluster, "scontrol", "update", f"JobId={jobs[TIMED_OUT]}", "TimeLimit=10")
+    timed_out = jobs[TIMED_OUT]
+    wait_until(lambda: "Restarts=0" not in ask(cluster, "scontrol", "show", "job", timed_out), status, timeout=150)
+    ask(cluster, "scontrol", "update", f"JobId={timed_out}", "TimeLimit=10")
     finished = (PLAIN, REQUEUED, TIMED_OUT, PLAIN_TOO)
     wait_until(lambda: all((folder / str(run) / "results.json").is_file() for run in finished), status, timeout=400)
 
