@@ -8,17 +8,17 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
-from loramoe_train.errors import ConfigError, DataError, shown
+from loramoe_train.errors import ConfigError
 from loramoe_train.reproduce.changed import told
 from loramoe_train.reproduce.folder import Found
+from loramoe_train.reproduce.measured import load_of, other_data, other_scoring, score
+from loramoe_train.reproduce.rates import best_variants
 from loramoe_train.reproduce.runs import chosen, scale_of
-from loramoe_train.reproduce.schema import Load, Number, PaperTable, Place, Scale
-from loramoe_train.sweeps.status import FAILED
-from loramoe_train.sweeps.table import LIBRARIES, deviation, scored_otherwise, told_apart
+from loramoe_train.reproduce.schema import Number, PaperTable, Scale
+from loramoe_train.sweeps.table import deviation
 
 MEASURED, NOT_RUN, NOT_COMPARABLE = "measured here", "not run", "not comparable"
 CONFIDENCE = 0.95
-DIVERGED = "diverged.json"  # what training leaves beside its log then
 
 
 @dataclass(frozen=True)
@@ -114,13 +114,13 @@ def outcome(
     `mark`: then these cells get a star.
     """
     scale = scale_of(table, scale_name)
-    best, notes = _best_variants([run for run in found if seeds is None or run.seed in seeds])
+    best, notes = best_variants([run for run in found if seeds is None or run.seed in seeds])
     # the untuned base has no seed and no learning rate: whichever run scored it serves
     places = scale.columns.values()
-    with_base = [run for run in found if any(_score(run, place, "base") is not None for place in places)]
+    with_base = [run for run in found if any(score(run, place, "base") is not None for place in places)]
     every = [*best, *(run for run in with_base if run not in best)]
     sources = {method: every if row.base else best for method, row in table.methods.items()}
-    odd = {**_other_data(best), **_other_scoring(scale, every)}
+    odd = {**other_data(best), **other_scoring(scale, every)}
     if odd and not mark:
         raise ConfigError(f"{next(iter(odd.values()))}; mixed=mark shows the table all the same, with a star there")
     cells = {
@@ -166,10 +166,8 @@ def _cell(
             if place and run.base == base and run.train == place.train and (row.base or run.method == method)
         ]
         side = "base" if row.base else "tuned"
-        scored = {
-            run.seed: (run, score) for run in members if place and (score := _score(run, place, side)) is not None
-        }
-        scores = {seed: score for seed, (_, score) in sorted(scored.items())}
+        scored = {run.seed: (run, own) for run in members if place and (own := score(run, place, side)) is not None}
+        scores = {seed: own for seed, (_, own) in sorted(scored.items())}
         runs = tuple(run for run, _ in scored.values())
         about_run = [(run.id, name) for run in runs for name in ("", place.name if place else "")]
         stars = [odd[key] for key in about_run if key in odd]
@@ -191,25 +189,6 @@ def _mean_of(parts: Sequence[Cell]) -> tuple[dict[int, float], tuple[Found, ...]
     return scores, tuple(runs.values()), [part.odd for part in parts if part.odd]
 
 
-def _score(run: Found, place: Place, side: str) -> float | None:
-    """In per cent; None where the run has none."""
-    if place.load is not None:
-        found = None if side == "base" else _load(run, place.load)
-        return found if isinstance(found, float) else None
-    value = run.status.results.get("scores", {}).get(place.benchmark, {}).get(side)
-    return 100 * value if isinstance(value, int | float) and not isinstance(value, bool) else None
-
-
-def _load(run: Found, load: Load) -> float | str:
-    """In per cent, or why the run has none."""
-    if not run.done:
-        return run.status.state
-    try:
-        return run.load(load.task, load.take)
-    except DataError as error:
-        return str(error)
-
-
 def _why_not(table: PaperTable, scale: Scale, base: str, method: str, column: str, members: Sequence[Found]) -> str:
     row, place = table.methods[method], scale.columns.get(column)
     if row.absent:
@@ -224,93 +203,8 @@ def _why_not(table: PaperTable, scale: Scale, base: str, method: str, column: st
         if not run.done:
             return f"{run.id} {run.status.state}{f': {run.status.why}' if run.status.why else ''}"
         if place.load is not None:
-            return f"{run.id}: {_load(run, place.load)}"
+            return f"{run.id}: {load_of(run, place.load)}"
         skipped = run.status.results.get("skipped") or {}
         if place.benchmark in skipped or "all" in skipped:
             return f"{run.id} skipped it: {skipped.get(place.benchmark, skipped.get('all'))}"
     return "its results lack this benchmark" if members else "no run was started"
-
-
-def _best_variants(found: Sequence[Found]) -> tuple[list[Found], list[str]]:
-    """Of runs that differ in the variant, those of the one with the lowest validation loss, on average over seeds."""
-    groups: dict[tuple[str, str, str], dict[str, list[Found]]] = {}
-    for run in found:
-        groups.setdefault((run.base, run.method, run.train), {}).setdefault(run.variant, []).append(run)
-    best, notes = [], []
-    for (base, method, train), variants in groups.items():
-        if set(variants) == {""}:
-            best += variants[""]
-            continue
-        if "" in variants:
-            raise ConfigError(
-                f"{variants[''][0].id} was run without a sweep of rates, others of {method} with one; the best of"
-                " them would mean nothing: give each a run_dir of its own"
-            )
-        seeds = max((frozenset(run.seed for run in runs) for runs in variants.values()), key=len)
-        losses = {}
-        for name, runs in variants.items():
-            values = [loss for run in runs if (loss := _validation_loss(run)) is not None]
-            if len(values) == len(runs) and {run.seed for run in runs} == seeds:
-                losses[name] = sum(values) / len(values)
-        if len(losses) < len(variants):  # a part of the grid would be another, easier choice for this method
-            waiting = [run for runs in variants.values() for run in runs if _validation_loss(run) is None]
-            why = f"{waiting[0].id} {waiting[0].status.state}" if waiting else "not every rate has every seed"
-            notes.append(f"{method} on {base} ({train}): no rate is chosen yet, {why}")
-            best += [run for run in waiting if not run.done][:1]
-            continue
-        name = min(losses, key=lambda key: losses[key])
-        rates = sorted(losses, key=lambda key: float(key.removeprefix("lr-")))
-        if losses[name] == math.inf:
-            notes.append(f"{method} on {base} ({train}): training diverged at every rate")
-            best += variants[name]
-            continue
-        said = f"{name} of {len(losses)} has the lowest validation loss ({losses[name]:.4f})"
-        if name in (rates[0], rates[-1]):
-            said += "; it is at the end of the grid, where a better one may lie beyond"
-        notes.append(f"{method} on {base} ({train}): {said}")
-        best += variants[name]
-    return best, notes
-
-
-def _validation_loss(run: Found) -> float | None:
-    """At the end of training; infinite where it diverged, for that is the worst of rates and no gap in the grid."""
-    if run.status.state == FAILED and (run.path / DIVERGED).is_file():
-        return math.inf
-    stages = (run.status.results.get("training") or {}).get("stages") or [{}]
-    value = stages[-1].get("eval_loss")
-    return float(value) if isinstance(value, int | float) else None
-
-
-def _other_data(found: Sequence[Found]) -> dict[tuple[str, str], str]:
-    """(run id, "") -> how the run was trained on other data than most runs of its data set."""
-    odd: dict[tuple[str, str], str] = {}
-    groups: dict[tuple[str, str], list[Found]] = {}
-    for run in found:
-        if run.done:
-            groups.setdefault((run.base, run.train), []).append(run)
-    for members in groups.values():
-        data = [run.training_data() for run in members]
-        usual = data.index(max(data, key=data.count))
-        for run, own in zip(members, data, strict=True):
-            keys = [key for key in sorted(own.keys() | data[usual].keys()) if own.get(key) != data[usual].get(key)]
-            if keys:
-                values = f"{shown(own.get(keys[0]))}, there {shown(data[usual].get(keys[0]))}"
-                odd[run.id, ""] = f"{run.id} was trained on other data than {members[usual].id}: {keys[0]} is {values}"
-    return odd
-
-
-def _other_scoring(scale: Scale, found: Sequence[Found]) -> dict[tuple[str, str], str]:
-    """(run id, what is measured) -> what is other there than in most runs, over methods and seeds of all bases."""
-    results = {run.id: run.status.results for run in found}
-    odd = {}
-    for name, place in {place.name: place for place in scale.columns.values()}.items():
-        if place.load is None:
-            texts = scored_otherwise(results, name)
-        else:  # what it was measured on is a part of the training data, which is looked at beside
-            measured = [run for run in found if _score(run, place, "tuned") is not None]
-            versions = {run.id: run.status.results.get("versions") or {} for run in measured}
-            libraries = [key for key in LIBRARIES if key != "lm_eval"]
-            made = {run: {f"version of {key}": own.get(key) for key in libraries} for run, own in versions.items()}
-            texts = told_apart(made, name)
-        odd.update({(run, name): text for run, text in texts.items()})
-    return odd
