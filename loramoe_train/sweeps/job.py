@@ -20,17 +20,21 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
-from loramoe_train.errors import DataError, MissingFileError, SavedOnSignal
+from loramoe_train.errors import DataError, LoramoeError, MissingFileError, SavedOnSignal
 from loramoe_train.guard import guard
 from loramoe_train.rundir import RESULTS
 from loramoe_train.sweeps.sweep import Run, read_sweep
 from loramoe_train.training.signals import ignore_signals
 
+IDLE_STARTS = 3  # in a row, after which a run is not queued again
 REQUEUE_WAIT = 60  # seconds that the other ranks give rank 0 to queue the job again: scontrol's own limit in submitit
 
 
 class SweepJob:
     """What submitit calls in every process of a job, and what it queues again."""
+
+    idle = 0  # starts in a row that ended before anything was done; submitit stores it with the job
+    began_at: tuple[int | None, int] | None = None
 
     def __call__(self, root: str, number: int) -> None:
         from submitit import JobEnvironment
@@ -44,6 +48,7 @@ class SweepJob:
         told = _in_our_words()
         usual = getattr(signal, f"SIG{environment.USR_SIG}")
         queue_again = signal.getsignal(usual)  # kept, because a process that leaves ignores it
+        self.began_at = _progress(root, number)
         try:
             run_one(Path(root), number)
         except SystemExit as left:
@@ -58,10 +63,32 @@ class SweepJob:
             raise
 
     def checkpoint(self, root: str, number: int) -> Any:
-        """The same again: the run's folder holds the rest."""
+        """The same again: the run's folder holds the rest.
+
+        Raises SavedOnSignal where that has led nowhere, for a run without time for one step would come back for ever.
+        """
         from submitit.helpers import DelayedSubmission
 
+        self.idle = self.idle + 1 if _progress(root, number) == self.began_at else 0
+        if self.idle >= IDLE_STARTS:
+            raise SavedOnSignal(
+                f"not queued again: {self.idle} starts in a row ended before a step was done or a benchmark scored;"
+                " give a larger launcher.timeout_min to loramoe-sweep retry-failed, which goes on"
+            )
         return DelayedSubmission(self, root, number)
+
+
+def _progress(root: str, number: int) -> tuple[int | None, int] | None:
+    """How far a run is: the last step in its log, and how many benchmarks are scored. None where that is not known."""
+    from loramoe_train.evaluation.units import SAMPLES
+    from loramoe_train.sweeps.status import last_step
+
+    try:
+        sweep = read_sweep(Path(root))
+        folder = sweep.folder(sweep.runs[number])
+    except (LoramoeError, IndexError):  # told, in its words, by what reads it next
+        return None
+    return last_step(folder), len(list((folder / SAMPLES).glob("*.json")))
 
 
 def _in_our_words() -> list[int]:

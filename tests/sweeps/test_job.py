@@ -3,7 +3,7 @@
 import os
 import signal
 import subprocess
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -16,6 +16,7 @@ from loramoe_train.sweeps import slurm
 from loramoe_train.sweeps.job import SweepJob, _in_our_words
 from loramoe_train.training.signals import StopSignals
 from tests.cli import command_in_this_process
+from tests.sweeps.made import finished
 
 submitit = pytest.importorskip("submitit")
 
@@ -100,6 +101,30 @@ def test_what_is_queued_again_is_the_same(tmp_path: Path) -> None:
     again.dump(tmp_path / "job.pkl")
     read = submitit.core.utils.DelayedSubmission.load(tmp_path / "job.pkl")
     assert isinstance(read.function, SweepJob) and read.args == (str(tmp_path), 3)
+
+
+def test_a_run_that_never_comes_to_a_step_is_not_queued_again_for_ever(tmp_path: Path) -> None:
+    sweep = finished(tmp_path / "sweep", [("seed=0",)], [None])
+    folder = sweep.folder(sweep.runs[0])
+    (folder / "samples").mkdir(parents=True)
+
+    def start(job: SweepJob, does: Callable[[], object] = lambda: None) -> SweepJob:
+        """It trains, is told to leave, and is stored for the next start."""
+        job.began_at = sweep_job._progress(str(sweep.root), 0)
+        does()
+        job.checkpoint(str(sweep.root), 0).dump(tmp_path / "job.pkl")
+        return submitit.core.utils.DelayedSubmission.load(tmp_path / "job.pkl").function
+
+    def a_step() -> None:
+        with (folder / "metrics.jsonl").open("a") as log:
+            log.write('{"kind": "train", "step": 7}\n')
+
+    job = start(start(SweepJob()))
+    job = start(start(start(job, a_step)))  # counted from the last that did something
+    job = start(start(start(job, (folder / "samples" / "cola.tuned.json").touch)))
+    assert job.idle == sweep_job.IDLE_STARTS - 1
+    with pytest.raises(SavedOnSignal, match="not queued again: 3 starts in a row ended before a step was done or"):
+        start(job)
 
 
 def test_keys_become_lines_of_the_script(tmp_path: Path) -> None:
