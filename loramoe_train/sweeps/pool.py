@@ -13,7 +13,7 @@ import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from loramoe_train.errors import ConfigError, Interrupted, SavedOnSignal
+from loramoe_train.errors import ConfigError, Interrupted, SavedOnSignal, SweepFailed
 from loramoe_train.schema.launcher import LauncherConfig
 from loramoe_train.sweeps.sweep import INNER, Job, Sweep, alone_with, is_locked, read_sweep
 from loramoe_train.training.signals import Terminated
@@ -51,7 +51,8 @@ def jobs_for(sweep: Sweep, numbers: Sequence[int]) -> dict[int, Job]:
 def run_pool(sweep: Sweep, numbers: Sequence[int], say: Callable[[str], None] = lambda line: None) -> None:
     """Run them all and return when they have ended; how each one ended is in its folder and its log.
 
-    Raises SavedOnSignal or Interrupted where a signal asked the pool to stop, after the runs have saved.
+    Raises SavedOnSignal or Interrupted where a signal asked the pool to stop, and SweepFailed where the next run cannot
+    be started, after the runs have saved.
     """
     launcher = LauncherConfig(**sweep.parameters)
     gpus = devices()
@@ -76,6 +77,13 @@ def run_pool(sweep: Sweep, numbers: Sequence[int], say: Callable[[str], None] = 
             _stop([process for process, _ in running.values()])
             kind, by = (SavedOnSignal, str(stop)) if isinstance(stop, Terminated) else (Interrupted, "Ctrl-C")
             raise kind(f"stopped by {by}; loramoe-sweep retry-failed {sweep.root} goes on") from None
+        except OSError as error:  # no room for a log, or for a process
+            _stop([process for process, _ in running.values()])
+            what = f"{error.filename}: " if error.filename else ""
+            raise SweepFailed(
+                f"the next run cannot be started ({what}{error.strerror}), and the others were told to save;"
+                f" loramoe-sweep retry-failed {sweep.root} goes on"
+            ) from None
 
 
 def _start(

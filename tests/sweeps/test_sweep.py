@@ -5,17 +5,19 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import yaml
 
-from loramoe_train.errors import ConfigError, LoramoeError
+from loramoe_train.errors import ConfigError, LoramoeError, SweepFailed
 from loramoe_train.paths import CONFIGS
 from loramoe_train.rundir import claim
 from loramoe_train.schema.launcher import LauncherConfig
+from loramoe_train.sweeps.pool import run_pool
 from loramoe_train.sweeps.status import DONE, FAILED, RUNNING, last_error, last_step, look
-from loramoe_train.sweeps.sweep import checked, create, discard, read_sweep
+from loramoe_train.sweeps.sweep import Job, checked, create, discard, read_sweep
 from loramoe_train.validation import validate
 from tests.cli import NO_EVAL, SMALL, check_refused, losses, run_cli, same_bytes
 from tests.composing import composed
@@ -294,6 +296,17 @@ def test_a_finished_run_is_left_alone(tmp_path: Path) -> None:
     with command_in_this_process():
         run_one(tmp_path / "sweep", 1)
     assert path.read_bytes() == before and len(list(path.parent.iterdir())) == 1
+
+
+def test_a_pool_that_cannot_start_a_run_says_why(tmp_path: Path) -> None:
+    sweep, configs = checked(seeds(tmp_path / "sweep"), LOCAL)
+    create(sweep, configs)
+    sweep = replace(
+        sweep, runs=tuple(replace(run, jobs=(Job("local-1", ".sweep/local-1/0.log"),)) for run in sweep.runs)
+    )
+    (tmp_path / "sweep" / ".sweep" / "local-1").write_text("a file where logs should be")
+    with pytest.raises(SweepFailed, match="cannot be started .*local-1: File exists.*retry-failed .*sweep goes on"):
+        run_pool(sweep, [0, 1])
 
 
 @pytest.mark.nightly
