@@ -167,6 +167,8 @@ def _cell(
         ]
         side = "base" if row.base else "tuned"
         scored = {run.seed: (run, own) for run in members if place and (own := score(run, place, side)) is not None}
+        if row.base and len({own for _, own in scored.values()}) == 1:  # scored once or more, it is one number
+            scored = dict(list(scored.items())[:1])
         scores = {seed: own for seed, (_, own) in sorted(scored.items())}
         runs = tuple(run for run, _ in scored.values())
         about_run = [(run.id, name) for run in runs for name in ("", place.name if place else "")]

@@ -54,7 +54,7 @@ def test_a_missing_run_is_said_and_no_cell_is_filled_from_the_paper(tmp_path: Pa
     assert cells(found, "other")["a"].why == "nobody has it"
     assert {cell.mean for cell in cells(found, "other").values()} == {None}
     base = cells(found, "base")
-    assert base["a"].scores == {0: 10.0, 1: 10.0} and base["a"].paper is None
+    assert base["a"].scores == {0: 10.0} and base["a"].deviation is None and base["a"].paper is None
     assert "LoRA [A]: measured here; 2 seeds, runs sweep-1/tiny/lora/all/0, sweep-1/tiny/lora/all/1" in statuses(
         found, "tiny"
     )
