@@ -142,7 +142,7 @@ def test_runs_without_a_load_say_why(tmp_path: Path) -> None:
     assert lora["a"].status == NOT_RUN and lora["a"].mean is None and lora["c"].status == MEASURED
     assert "sweep-1/tiny/lora/all/0: " in lora["a"].why and "the run has no routers" in lora["a"].why
     assert base["a"].status == NOT_RUN and base["a"].why == "the untuned base has no routers"
-    assert base["c"].scores == pytest.approx({0: 10.0, 1: 10.0})
+    assert base["c"].scores == pytest.approx({0: 10.0})
     assert cells(outcome(loaded(), "paper", []), "mola")["a"].why == "no run was started"
 
 
