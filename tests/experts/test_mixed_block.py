@@ -173,7 +173,7 @@ def test_checkpointing_and_generation(recipe, form):
     torch.testing.assert_close(torch.cat(steps, dim=1), full, rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.slow
+@pytest.mark.nightly  # recipe mixlora, compiled, is always seen (test_compiled.py); this one has dropout and jitter
 def test_compiled_layers_give_the_same():
     torch._dynamo.reset()
     config = composed(*MIXLORA, "experts.dropout=0.3", "router.make.jitter=0.2")
