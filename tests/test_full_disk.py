@@ -118,7 +118,8 @@ def log_that_does_not_fit(disk: Path) -> None:
 
 
 def test_a_full_disk_for_the_log(tmp_path: Path) -> None:
-    on_small_disk(tmp_path, log_that_does_not_fit)
+    running = on_small_disk(tmp_path, log_that_does_not_fit)
+    assert "Traceback" not in running.stderr
 
 
 def filled_after_training(disk: Path, run_dir: Path, arguments: tuple[str, ...]) -> None:

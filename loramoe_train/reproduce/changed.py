@@ -23,13 +23,13 @@ COMPUTED_FROM = "eval.base"  # the first of what the command itself adds to the 
 
 def changes(table: PaperTable, scale: str, run: Found) -> list[str]:
     """The overrides of a run that its table does not have, without those that change no number."""
-    settings, row = table.scales[scale], table.methods.get(run.method)  # type: ignore[index]
-    base, train = settings.bases.get(run.base), settings.train.get(run.train)
+    settings = table.scales[scale]  # type: ignore[index]
     given = run.status.run.overrides
     first = next((place for place, text in enumerate(given) if _key(text) == COMPUTED_FROM), None)
-    if row is None or base is None or train is None or first is None:
+    known = run.method in table.methods and run.base in settings.bases and run.train in settings.train
+    if not known or first is None:
         return []
-    own = {f"recipe={row.recipe}", *base.overrides, *settings.overrides, *train, *row.overrides, *row.at.get(scale, ())}
+    own = table.overrides(scale, run.base, run.method, run.train)
     typed = [text for text in given[:first] if text not in own and not _below(_key(text), (*FREE, *SAME_WORK, ALLOWS))]
     return [*typed, *(text for text in given[first:] if _below(_key(text), ("experts",)))]
 

@@ -64,10 +64,9 @@ class Counted:
     def of(self, base: str, method: str) -> Counts:
         """Raises LoramoeError as a run of it would."""
         if (base, method) not in self._known:
-            row, scale = self.table.methods[method], self.table.scales["paper"]
-            train = next(iter(scale.train.values()))
-            given = [*scale.bases[base].overrides, *scale.overrides, *train, *row.overrides, *row.at.get("paper", ())]
-            self._known[base, method] = make_counts(compose_run([f"recipe={row.recipe}", *given], ()))[0]
+            train = next(iter(self.table.scales["paper"].train))  # data changes no count
+            given = self.table.overrides("paper", base, method, train)
+            self._known[base, method] = make_counts(compose_run(given, ()))[0]
         return self._known[base, method]
 
     def check_figures(self) -> list[Checked]:

@@ -102,9 +102,7 @@ def wanted(
     ):
         row = table.methods[method]
         for train in dict.fromkeys(place.train for place in scale.columns.values()):
-            given = [*scale.bases[base].overrides, *scale.overrides, *scale.train[train], *row.overrides]
-            given += [*row.at.get(scale_name, ()), *typed]
-            given = [f"recipe={row.recipe}", *given]
+            given = [*table.overrides(scale_name, base, method, train), *typed]
             try:
                 composed = compose_run(given, typed)
             except LoramoeError as error:

@@ -176,6 +176,13 @@ class PaperTable(Strict):
             check("parameters", (figure.base for figure in self.parameters), self.scales["paper"].bases)
         return self
 
+    def overrides(self, scale: str, base: str, method: str, train: str) -> tuple[str, ...]:
+        """What the table gives `loramoe-train` for one run, the recipe first; its seed apart."""
+        row, settings = self.methods[method], self.scales[scale]  # type: ignore[index]
+        shared = (*settings.bases[base].overrides, *settings.overrides, *settings.train[train])
+        own = (*row.overrides, *row.at.get(scale, ()))  # type: ignore[call-overload]
+        return (f"recipe={row.recipe}", *shared, *own)
+
     def number(self, base: str, method: str, column: str) -> tuple[Number, Numbers] | None:
         """What the paper prints in a cell, and the block it stands in."""
         for block in self.numbers:

@@ -87,11 +87,13 @@ def test_a_router_without_any_gradient(tmp_path: Path) -> None:
 @pytest.mark.parametrize("steps", [1, 2, 6])
 def test_fresh_experts_are_no_false_alarm(steps: int, tmp_path: Path) -> None:
     """Their outputs are all zero at first, so routers get no gradient in the first step, and may have only that one."""
-    train(parts_with(PlainRouter, fresh=True), make_trainer(stages={"soft": {"steps": steps}}), tmp_path)
+    summary = train(parts_with(PlainRouter, fresh=True), make_trainer(stages={"soft": {"steps": steps}}), tmp_path)
+    assert summary.steps == steps
 
 
 def test_the_router_of_a_single_expert_has_nothing_to_learn(tmp_path: Path) -> None:
-    train(parts_with(PlainRouter, ranks=(4,)), make_trainer(stages={"s": {"steps": 3}}), tmp_path)
+    summary = train(parts_with(PlainRouter, ranks=(4,)), make_trainer(stages={"s": {"steps": 3}}), tmp_path)
+    assert summary.steps == 3
 
 
 def test_experts_that_reach_nothing(tmp_path: Path) -> None:
