@@ -158,12 +158,13 @@ def enter_stage(routed: RoutedModel, config: RunConfig, stage: str) -> None:
 
 
 def one_pass(routed: RoutedModel, config: RunConfig, stage: str, *, rows: int = 3, length: int = 6) -> Passed:
-    """Forward and backward with the stage's auxiliary losses, their statistics from a pass without gradient before."""
+    """Forward and backward with the stage's auxiliary losses, their statistics from a pass without gradient before, on
+    the model's device."""
     plans = plan_stages(config.trainer, dict.fromkeys(config.trainer.stages, 1000), aux_losses=config.aux_loss)
     (names,) = (plan.aux_losses for plan in plans if plan.name == stage)
     terms = [term for name, term in build_aux(config, routed.plan).items() if name in names]
-    ids = ids_of(rows, length, seed=rows * length)
-    given = facts(ids, [row % 3 for row in range(rows)])
+    ids, device = ids_of(rows, length, seed=rows * length), next(routed.model.parameters()).device
+    given, ids = facts(ids, [row % 3 for row in range(rows)]).to(device), ids.to(device)
     with routed.context.open(given) as records, torch.no_grad():
         torch.manual_seed(3)
         routed.model(ids, use_cache=False)

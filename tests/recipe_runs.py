@@ -41,6 +41,7 @@ class Ready:
 
     config: RunConfig
     parts: Prepared
+    device: str = "cpu"
 
     @property
     def routed(self) -> RoutedModel:
@@ -53,7 +54,7 @@ class Ready:
     def train(self, run_dir: Path, *, resume: Path | None = None) -> None:
         """All stages; leaves the log, checkpoints and the adapter in `run_dir`."""
         trainer = self.config.trainer
-        accelerator = make_accelerator(trainer, run_dir, cpu=True)
+        accelerator = make_accelerator(trainer, run_dir, cpu=self.device == "cpu")
         run_dir.mkdir(parents=True, exist_ok=True)
         options = {"run_dir": run_dir, "seed": self.config.seed, "resume": resume}
         fit(self.parts.parts, accelerator, trainer, self.parts.stages, **options)
@@ -75,9 +76,9 @@ def changed(config: RunConfig, group: str, **values: Any) -> RunConfig:
     return config.model_copy(update={group: getattr(config, group).model_copy(update=values)})
 
 
-def get_ready(config: RunConfig) -> Ready:
+def get_ready(config: RunConfig, device: str = "cpu") -> Ready:
     """Check and prepare, as the command does."""
-    return Ready(config, prepare(config, settle(config), device=torch.device("cpu")))
+    return Ready(config, prepare(config, settle(config), device=torch.device(device)), device)
 
 
 def write_adapters(folder: Path, number: int, config: RunConfig | None = None) -> list[Path]:

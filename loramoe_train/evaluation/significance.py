@@ -90,7 +90,7 @@ def sign_flips(changes: np.ndarray) -> float:
     """Two-sided p-value of the sum of the documents' differences when each may as well have the other sign."""
     from scipy.stats import permutation_test
 
-    if not len(changes):
+    if len(changes) < 2:  # either sign is as far from 0 as the other; scipy refuses to be asked
         return 1.0
     found = permutation_test(
         (changes,),

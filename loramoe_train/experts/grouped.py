@@ -136,13 +136,15 @@ def lay_out(experts_NK: Tensor, experts: int, *, blocks: bool) -> Layout:
     return Layout(pair_S, None, expert_B, size, experts)
 
 
-def grouped_mm_serves(*operands: Tensor) -> bool:
-    """Whether torch's grouped product is the better one on this device, and takes these operands."""
+def grouped_mm_serves(*operands: Tensor, columns: int) -> bool:
+    """Whether torch's grouped product is the better one on this device, and takes these operands, and the narrow
+    intermediate of so many columns."""
     return all(
         tensor.device.type != "cpu"
         and tensor.dtype in _GROUPED_DTYPES
         and tensor.numel() > 0
         and all(stride == 1 or stride * tensor.element_size() % _ALIGNMENT == 0 for stride in tensor.stride())
+        and columns * tensor.element_size() % _ALIGNMENT == 0
         for tensor in operands
     )
 
@@ -163,7 +165,7 @@ class _Grouped(torch.autograd.Function):
         dtype: torch.dtype,
     ) -> Tensor:
         down, up = down_ERD.to(dtype), up_ERO.to(dtype)
-        layout = lay_out(experts_NK, len(scale_E), blocks=not grouped_mm_serves(down, up))
+        layout = lay_out(experts_NK, len(scale_E), blocks=not grouped_mm_serves(down, up, columns=down.shape[1]))
         kept = None if mask_ND is None else Kept(mask_ND, factor)
         token_S, weight_S1 = _places(layout.pair_S, scaled(weights_NK, experts_NK, scale_E), dtype)
         hidden_SR = down.new_empty(len(token_S), down.shape[1])

@@ -187,8 +187,7 @@ def _row_chunks(weights: Tensor, width: int) -> Sequence[slice]:
 def _by_experts(
     weights_NK: Tensor, experts_NK: Tensor, experts: int, width: int, factors: Tensor
 ) -> Iterator[ExpertPiece]:
-    narrow_TC = factors.new_empty(1, len(factors) // experts)  # of the shape of what the factors are multiplied with
-    layout = lay_out(experts_NK, experts, blocks=not grouped_mm_serves(factors, narrow_TC))
+    layout = lay_out(experts_NK, experts, blocks=not grouped_mm_serves(factors, columns=len(factors) // experts))
     pairs, most = weights_NK.numel(), weights_NK.shape[1]
     holds_S = layout.pair_S < pairs
     pair_S = torch.where(holds_S, layout.pair_S, 0)

@@ -7,6 +7,7 @@ the same input can be asked together.
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import Literal
 
 import torch
@@ -65,10 +66,17 @@ class TopP:
 
     def __call__(self, p_NE: Tensor) -> Tensor:
         sorted_NE, order_NE = p_NE.sort(dim=-1, descending=True, stable=True)
-        sum_NE = sorted_NE.cumsum(dim=-1)
+        sum_NE = _running_sums(sorted_NE)
         kept_NE = sum_NE - sorted_NE < self.top_p if self.crossing == "included" else sum_NE <= self.top_p
         kept_NE[..., : self.at_least] = True
         return torch.zeros_like(kept_NE).scatter_(-1, order_NE, kept_NE)
+
+
+def _running_sums(p_NE: Tensor) -> Tensor:
+    """`cumsum`, which CUDA refuses to a run with `trainer.deterministic`."""
+    if p_NE.is_cuda and torch.are_deterministic_algorithms_enabled():
+        return torch.stack(list(accumulate(p_NE.unbind(dim=-1))), dim=-1)
+    return p_NE.cumsum(dim=-1)
 
 
 @dataclass(frozen=True)

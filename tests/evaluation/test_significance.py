@@ -40,6 +40,15 @@ def test_textbook_examples():
     assert mcnemar(0, 5) == pytest.approx(2 / 32)
 
 
+@pytest.mark.parametrize("changes", [[], [0.25], [0.25, 0.5]])
+def test_hardly_a_document_differs(changes):
+    """Means over seeds differ by fractions, and maybe on one document alone."""
+    first = [0.0, 1.0, 0.5]
+    second = [value + change for value, change in zip(first, [*changes, *[0.0] * (3 - len(changes))], strict=True)]
+    found = paired(first, second, "")
+    assert found.differing == len(changes) and found.p_value == (0.5 if len(changes) == 2 else 1.0)
+
+
 @pytest.mark.parametrize("seed", range(3))
 def test_zero_and_one_equal_counting_by_hand(seed):
     rng = random.Random(seed)

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from loramoe_train.experts.bank import ExpertBank
-from loramoe_train.experts.grouped import lay_out
+from loramoe_train.experts.grouped import grouped_mm_serves, lay_out
 from loramoe_train.experts.linear import ExpertLinear
 from loramoe_train.routing.context import RoutingContext
 from loramoe_train.routing.types import Chosen, Routing, Tokens
@@ -115,6 +115,24 @@ def test_equals_the_loop_in_float32(form, rank):
 def test_equals_the_loop_where_the_number_of_experts_has_no_bound():
     assert_equals_loop("concatenated", (2, 2, 2), 6, 2, torch.float64, bounded=False)
     assert_equals_loop("concatenated", (1, 4, 0, 3), 6, 2, torch.float64, bounded=False)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "rank", "width", "served"),
+    [
+        (torch.bfloat16, 8, 64, True),
+        (torch.bfloat16, 4, 64, False),  # rows of the intermediate are 8 bytes apart
+        (torch.float32, 4, 64, True),
+        (torch.float32, 1, 64, False),
+        (torch.float32, 4, 30, False),  # and here those of the factors 120
+        (torch.float64, 8, 64, False),
+    ],
+)
+def test_torch_is_asked_for_grouped_products_that_it_takes(dtype, rank, width, served):
+    """It wants multiples of 16 bytes between rows, of what lies on a GPU."""
+    factors = [torch.empty(6, rank, size, dtype=dtype, device="meta") for size in (width, 48)]
+    assert grouped_mm_serves(*factors, columns=rank) == served
+    assert not grouped_mm_serves(*(torch.empty(6, rank, 48, dtype=dtype) for _ in factors), columns=rank)
 
 
 @pytest.mark.parametrize(("experts", "most"), [(4, 1), (6, 2), (16, 3)])
