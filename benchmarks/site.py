@@ -4,7 +4,8 @@
 
 The frozen layer (d -> d) alone is 1.0. `lora` is PEFT's LoRA of the rank that a token passes through; the loops stand
 for the reference repositories (see `candidates.py`). Every mixture is checked against a float64 twin in output and all
-gradients before it is timed. `saved` is in units of the layer's input. The last table tells where the two forms cross:
+gradients before it is timed. `saved` is in units of the layer's input, `ops` are the tensor operations of forward and
+backward: what a GPU has to be told. The last table tells where the two forms cross:
 (E - k) r / k against the ratio of their times; `experts/forms.py` holds the constant that follows.
 """
 
@@ -17,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks.candidates import Factors, LoopLinear, factors_of, tokens_of
-from benchmarks.measure import DTYPE, MIB, arguments, dtypes, finish, interleave, saved_mib, table, times
+from benchmarks.measure import DTYPE, MIB, CountOps, arguments, dtypes, finish, interleave, saved_mib, table, times
 from benchmarks.shapes import Mixture
 from benchmarks.twin import TwinLinear
 from loramoe_train.experts.bank import ExpertBank
@@ -142,6 +143,9 @@ def measure(
     unit = site.x.numel() * site.x.element_size() / MIB
     for name, layer in layers.items():
         found[name]["saved"] = saved_mib(lambda m=layer: site.run(m), layer) / unit
+        with CountOps() as counted:
+            site.step(layer)
+        found[name]["ops"] = counted.ops
     sizes = {"width": width, "dtype": str(dtype).removeprefix("torch."), "tokens": tokens}
     return {**sizes, "mixture": vars(mixture), "twin_errors": errors, "candidates": found}
 

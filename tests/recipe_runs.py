@@ -55,6 +55,7 @@ class Ready:
         """All stages; leaves the log, checkpoints and the adapter in `run_dir`."""
         trainer = self.config.trainer
         accelerator = make_accelerator(trainer, run_dir, cpu=self.device == "cpu")
+        assert accelerator.device.type == self.device, "accelerate keeps the first device of a process"
         run_dir.mkdir(parents=True, exist_ok=True)
         options = {"run_dir": run_dir, "seed": self.config.seed, "resume": resume}
         fit(self.parts.parts, accelerator, trainer, self.parts.stages, **options)

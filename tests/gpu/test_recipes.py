@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from tests.composing import RECIPE_NAMES
+from tests.gpu.conftest import forget_device
 from tests.recipe_passes import CASES, check_reached, enter_stage, make, one_pass
 from tests.recipe_runs import differing, get_ready, logits_of, short_run
 from tests.test_routed_model import ids_of, stir
@@ -14,8 +15,9 @@ pytestmark = pytest.mark.gpu
 every_recipe = pytest.mark.parametrize("recipe", RECIPE_NAMES)
 
 
-def close(ours, theirs, name, *, relative=1e-4):
-    """Within what float32 sums in another order differ by, measured against the largest of the tensor."""
+def close(ours, theirs, name, *, relative=2e-4):
+    """Within what float32 sums in another order differ by, measured against the largest of the tensor. Seen on an H100:
+    1.6e-4 at most, of a router's gradient, which is a difference of nearly equal sums."""
     scale = float(theirs.abs().max()) if theirs.numel() else 0.0
     torch.testing.assert_close(ours.cpu(), theirs, rtol=0, atol=relative * scale + 1e-7, msg=lambda m: f"{name}: {m}")
 
@@ -73,7 +75,10 @@ def test_a_run_is_the_run_of_a_cpu(recipe, tmp_path):
     for device in ("cpu", "cuda"):
         (tmp_path / device).mkdir()
         config = short_run(recipe, tmp_path / device, "experts.dropout=0")
-        get_ready(config, device).train(tmp_path / device / "run")
+        forget_device()
+        ready = get_ready(config, device)
+        ready.train(tmp_path / device / "run")
+        assert {tensor.device.type for tensor in ready.weights().values()} == {device}
     expected, ours = (losses(tmp_path / device / "run") for device in ("cpu", "cuda"))
     assert len(expected) == 6 and expected[-1] < expected[0]
     torch.testing.assert_close(torch.tensor(ours), torch.tensor(expected), rtol=2e-3, atol=0)
