@@ -30,12 +30,14 @@ class EarlyStoppingConfig(Strict):
 
 
 class WatchConfig(Strict):
-    """When routers raise a warning: in a line of the log, and, after several in a row, on the screen and in the end."""
+    """When routers raise a warning, in a line of the log and, after several in a row, on the screen and in the end; and
+    when the end of a stage does."""
 
     dead_load: float = Field(default=0.01, ge=0, lt=1)  # an expert with less than this share of an even load is dead
     top_load: float = Field(default=0.95, gt=0, le=1)  # a site is collapsed where one expert has this share of the load
     load_entropy: float = Field(default=0.1, ge=0, lt=1)  # or where the entropy of its load, 1 if even, is lower
     patience: int = Field(default=3, gt=0)  # lines in a row
+    loss_rise: float = Field(default=0.1, gt=0)  # nats of evaluation loss that a stage may add to the one before it
 
 
 class TrainerConfig(Strict):

@@ -212,7 +212,7 @@ class StageRun:
         found = list(self.state.alarms)
         if self.state.skipped:
             found.append(f"{self.state.skipped} steps were left out, for they were not finite (see metrics.jsonl)")
-        return (*found, *self._unmoved())
+        return (*found, *self._unmoved(), *self._risen())
 
     def _unmoved(self) -> tuple[str, ...]:
         if "experts" not in self.plan.train:
@@ -223,6 +223,18 @@ class StageRun:
         listed = {site: f"{site}: {', '.join(map(str, experts))}" for site, experts in unmoved.items()}
         count = sum(map(len, unmoved.values()))
         return (f"{count} experts never moved: no gradient of the stage reached them ({some_of(listed)})",)
+
+    def _risen(self) -> tuple[str, ...]:
+        """A stage that changes who routes starts above where the one before it ended; it has to come down again."""
+        before, after = self.run.history[-1:], self.state.last_eval
+        if not before or before[0].eval_loss is None or after is None:
+            return ()
+        if after.loss - before[0].eval_loss <= self.run.trainer.watch.loss_rise:
+            return ()
+        return (
+            f"the evaluation loss is {after.loss:.4f}, and was {before[0].eval_loss:.4f} after stage {before[0].name}:"
+            f" {self.state.done} steps were too few for what this stage trains",
+        )
 
     # -- log -----------------------------------------------------------------------------------------------------------
 

@@ -163,3 +163,14 @@ def test_the_warning_is_in_summary_and_log(tmp_path: Path) -> None:
     assert len(summary.warnings) == 1
     assert summary.warnings[0].startswith("hard: 4 experts never moved: no gradient of the stage reached them (model.")
     assert "never moved" in (tmp_path / "metrics.jsonl").read_text()
+
+
+@pytest.mark.parametrize(("rise", "warned"), [(0.01, True), (0.1, False)])
+def test_a_stage_that_leaves_the_loss_higher_than_it_found_it(rise: float, warned: bool, tmp_path: Path) -> None:
+    """Here by a learning rate that no stage should have."""
+    stages = {"hard": {"train": ["experts"], "routing": "by_domain", "steps": 3}, "soft": {"steps": 3, "lr": 3.0}}
+    summary = train(make_parts(aux={}), make_trainer(stages=stages, watch={"loss_rise": rise}), tmp_path)
+    before, after = (stage.eval_loss for stage in summary.stages)
+    assert 0.01 < after - before < 0.1
+    said = f"soft: the evaluation loss is {after:.4f}, and was {before:.4f} after stage hard: 3 steps were too few"
+    assert [text.startswith(said) for text in summary.warnings if "evaluation loss" in text] == [True] * warned
