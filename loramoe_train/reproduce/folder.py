@@ -174,9 +174,11 @@ def _check_same(there: Found, now: Wanted) -> None:
     if keys:
         values = [_at(config.plain(), keys[0]) for config in (stored, now.config)]
         more = f", and {len(keys) - 1} more keys" if len(keys) > 1 else ""
+        cure = "give the old values, or another run_dir"
+        if all(key.startswith("eval.") for key in keys):  # what is trained may stay
+            cure += f"; loramoe-eval {there.path} with such keys scores what is trained, for this table too"
         raise ConfigError(
-            f"{there.path} was made with {keys[0]}={values[0]}, and now it would be {values[1]}{more}; give the old"
-            " values, or another run_dir"
+            f"{there.path} was made with {keys[0]}={values[0]}, and now it would be {values[1]}{more}; {cure}"
         )
 
 

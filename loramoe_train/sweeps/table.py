@@ -19,7 +19,13 @@ from loramoe_train.trust import value_at
 SIDES = ("tuned", "base", "difference")
 # of a benchmark's entry in results.json, and of its versions: what must be the same for two scores to be compared
 MADE_WITH = ("metric", "n", "num_fewshot", "fewshot_seed", "version")
-DECIDED_BY = {"the definition": "made_with.task.definition_sha256", "the data": "made_with.task.data"}
+DECIDED_BY = {
+    "the definition": "made_with.task.definition_sha256",
+    "the data": "made_with.task.data",
+    "eval.chat_template": "made_with.task.chat_template",
+    "eval.max_length": "made_with.task.max_length",
+    "the number of new tokens": "made_with.task.new_tokens",
+}
 LIBRARIES = ("lm_eval", "loramoe_train", "transformers")
 MEAN, LOSS = "mean", "eval loss"
 

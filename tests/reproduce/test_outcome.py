@@ -71,6 +71,8 @@ def test_nothing_run_gives_a_table_without_a_number(tmp_path: Path) -> None:
     [
         ({"n": 50}, "n is 50 in sweep-1/tiny/mola/all/0 and 100 in sweep-1/tiny/lora/all/0"),
         ({"made_with": {"task": {"definition_sha256": "d2"}}}, "definition is d2 in sweep-1/tiny/mola/all/0"),
+        ({"made_with": {"task": {"chat_template": True}}}, "eval.chat_template is True in sweep-1/tiny/mola/all/0"),
+        ({"made_with": {"task": {"max_length": 64}}}, "eval.max_length is 64 in sweep-1/tiny/mola/all/0"),
         ({"version": "2.0"}, "version is 2.0 in sweep-1/tiny/mola/all/0"),
         ({"made_with": {"task": {"data": {"test": "f00"}}}}, "the data is {'test': 'f00'} in sweep-1/tiny/mola/all/0"),
     ],
@@ -83,6 +85,21 @@ def test_scores_that_were_made_otherwise_are_refused_or_marked(tmp_path: Path, c
     marked = outcome(table(), "paper", find(tmp_path), mark=True)
     assert cell_text(cells(marked, "mola")["a"]).startswith("80.0* (") and not cells(marked, "lora")["a"].odd
     assert any(words in note for note in marked.notes)
+
+
+def test_what_was_scored_again_otherwise_is_told(tmp_path: Path) -> None:
+    """`loramoe-eval RUN eval.limit=10` changes results.json, and not what the run was told."""
+    again = {"made_with": {"task": {"limit": 10, "chat_template": True, "max_length": None}}}
+    finished(tmp_path, {key: scores(0.5, base=0.5, **again) for key in list(RUNS)[:3]})
+    runs = find(tmp_path)
+    whole = cells(outcome(table(), "paper", runs), "lora")
+    said = "scored with eval.limit=10 eval.chat_template=true, which its run was not told"
+    assert (whole["a"].status, whole["a"].why) == (NOT_COMPARABLE, said) and whole["a"].difference is None
+    assert whole["b"].why == whole["mean"].why == f"another judge; {said}"
+    assert cells(outcome(table(), "paper", runs), "base")["a"].why == said
+    told = [given(run, "eval.limit=10", "eval.chat_template=True") for run in runs]
+    assert "eval.limit=10" in cells(outcome(table(), "paper", told), "lora")["a"].why
+    assert "scored with" not in cells(outcome(table(), "paper", told), "lora")["a"].why
 
 
 def test_other_versions_are_refused(tmp_path: Path) -> None:

@@ -17,6 +17,7 @@ from loramoe_train.reproduce.runs import Wanted, compose_run, same_run, wanted, 
 from loramoe_train.schema.launcher import LauncherConfig
 from loramoe_train.schema.run import RunConfig
 from loramoe_train.training.stages import plan_stages
+from tests.recipe_runs import changed
 from tests.reproduce.made import finished, scores
 
 
@@ -160,6 +161,19 @@ def test_what_was_made_otherwise_is_not_taken_for_the_same(runs: list[Wanted], t
         complete(tmp_path, runs[:1], wait=True, say=lambda line: None)
     assert before == {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
     assert [run.id for run in find(tmp_path)] == ["sweep-1/tiny/lora/all/0"]
+
+
+def test_other_scoring_alone_needs_no_other_training(runs: list[Wanted], tmp_path: Path) -> None:
+    sweep = finished(tmp_path, {"tiny/lora/all/0": scores(0.5)})
+    stored = find(tmp_path)[0].sweep.config(sweep.runs[0])
+    now = replace(runs[0], config=changed(stored, "eval", limit=50))
+    with pytest.raises(
+        ConfigError, match=r"eval\.limit=None, and now it would be 50; .*; loramoe-eval .*/lora/all/0 with"
+    ):
+        complete(tmp_path, [now], wait=True, say=lambda line: None)
+    other = replace(now, config=changed(now.config, "trainer", lr=0.5))
+    with pytest.raises(ConfigError, match="give the old values, or another run_dir$"):
+        complete(tmp_path, [other], wait=True, say=lambda line: None)
 
 
 def test_damaged_results_are_not_made_again_unasked(tmp_path: Path) -> None:
