@@ -21,7 +21,7 @@ from loramoe_train.rundir import RESULTS, flatten
 from loramoe_train.schema.launcher import LauncherConfig
 from loramoe_train.sweeps.start import again, start
 from loramoe_train.sweeps.status import DONE, FAILED, RunStatus, look
-from loramoe_train.sweeps.sweep import CONFIGS, INNER, Composed, Sweep, read_sweep
+from loramoe_train.sweeps.sweep import CONFIGS, INNER, Composed, Sweep, counted, read_sweep
 from loramoe_train.trust import refuse_untyped
 
 Say = Callable[[str], None]
@@ -134,7 +134,7 @@ def complete(
     done = sum(run.folder in there and there[run.folder].done for run in runs)
     under_way = len(runs) - done - len(failed) - len(missing)
     told = f", {under_way} running or waiting" if under_way else ""
-    say(f"{len(runs)} runs: {done} done{told}, {len(failed)} failed, {len(missing)} to start")
+    say(f"{counted(runs)}: {done} done{told}, {len(failed)} failed, {len(missing)} to start")
     wait = runs[0].config.launcher.name == "local" if wait is None else wait
     problem = None
     for job in _jobs(root, failed, missing, runs[0].config.launcher, wait, say):

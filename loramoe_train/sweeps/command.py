@@ -14,7 +14,7 @@ from loramoe_train.rundir import RESULTS
 from loramoe_train.schema.launcher import LauncherConfig
 from loramoe_train.screen import screen
 from loramoe_train.sweeps.status import FAILED, ask, look, statuses, summary
-from loramoe_train.sweeps.sweep import Sweep, read_sweep
+from loramoe_train.sweeps.sweep import Sweep, counted, read_sweep
 from loramoe_train.trust import TYPED_ONLY, refuse_untyped
 
 HELP = """loramoe-sweep submit [GROUP=OPTION ...] [KEY=A,B,C ...]
@@ -59,7 +59,7 @@ def show_status(sweep: Sweep, arguments: Sequence[str]) -> None:
         cells = (str(each.run.number), *(values.get(key, "") for key in varying), each.state, step, job, each.why)
         table.add_row(*(cell.replace("[", r"\[") for cell in cells))
     _show(table)
-    print(f"{len(found)} runs: {summary(found)}")
+    print(f"{counted(found)}: {summary(found)}")
 
 
 def show_table(sweep: Sweep, arguments: Sequence[str]) -> None:

@@ -9,7 +9,7 @@ from loramoe_train.planning import make_counts, run_memory, stage_work
 from loramoe_train.schema.run import RunConfig
 from loramoe_train.screen import quiet_libraries, screen
 from loramoe_train.settle import settle
-from loramoe_train.sweeps.sweep import Composed, Sweep, runs_of
+from loramoe_train.sweeps.sweep import Composed, Sweep, counted, runs_of
 from loramoe_train.validation import trains_base
 
 GIB, MIB = 2**30, 2**20
@@ -72,7 +72,7 @@ def print_cost(
                 raise type(error)(f"{sweep.label(sweep.runs[number])}: {error}") from error
         costs.append(known[key])
     varying, launcher = sweep.varying(), composed[0].config.launcher
-    table = Table(title=f"{len(composed)} runs", title_justify="left", show_footer=True)
+    table = Table(title=counted(composed), title_justify="left", show_footer=True)
     for heading in ("run", *varying):
         table.add_column(heading, footer="all" if heading == "run" else "")
     steps, tokens = _sum([cost.steps for cost in costs]), _sum([cost.tokens for cost in costs])

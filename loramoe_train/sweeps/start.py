@@ -8,7 +8,7 @@ from loramoe_train.errors import ConfigError, LoramoeError, SweepFailed
 from loramoe_train.sweeps.pool import at_once, devices, jobs_for, run_pool, start_in_background
 from loramoe_train.sweeps.slurm import cancel, check_slurm, merged, submit
 from loramoe_train.sweeps.status import DONE, FAILED, RunStatus, look, summary
-from loramoe_train.sweeps.sweep import Composed, Sweep, alone_with, checked, create, discard, read_sweep
+from loramoe_train.sweeps.sweep import Composed, Sweep, alone_with, checked, counted, create, discard, read_sweep
 
 POLL_SECONDS = 5
 Say = Callable[[str], None]
@@ -62,15 +62,15 @@ def _begin(sweep: Sweep, numbers: Sequence[int], *, wait: bool, say: Say) -> Swe
                 cancel(jobs.values())
                 raise
         ids = sorted({run.jobs[-1].id.partition("_")[0] for run in sweep.runs if run.number in numbers})
-        say(f"sweep {sweep.root}: {len(numbers)} runs submitted as job {', '.join(ids)}")
+        say(f"sweep {sweep.root}: {counted(numbers)} submitted as job {', '.join(ids)}")
         return sweep
     with alone_with(sweep):
         sweep = sweep.with_jobs(jobs_for(sweep, numbers))
     if wait:
-        say(f"sweep {sweep.root}: {len(numbers)} runs")
+        say(f"sweep {sweep.root}: {counted(numbers)}")
         run_pool(sweep, numbers, say)
     else:
-        say(f"sweep {sweep.root}: {len(numbers)} runs in the background; log {start_in_background(sweep, numbers)}")
+        say(f"sweep {sweep.root}: {counted(numbers)} in the background; log {start_in_background(sweep, numbers)}")
     return sweep
 
 

@@ -119,6 +119,11 @@ class Sweep:
             write_json(self.root / SWEEP, content)
 
 
+def counted(runs: Sequence[object]) -> str:
+    """`1 run`, `2 runs`."""
+    return f"{len(runs)} run{'' if len(runs) == 1 else 's'}"
+
+
 def shown(overrides: Sequence[str]) -> str:
     return " ".join(overrides)
 

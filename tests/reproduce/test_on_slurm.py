@@ -41,7 +41,7 @@ def test_the_same_call_submits_looks_and_retries(cluster: dict[str, str], tmp_pa
     assert "sweep-1/tiny/lora_mixer/all/0 failed: CANCELLED: its job never began" in look()
 
     table, said = call(*CALL, "launcher.timeout_min=90")  # the cancelled one again, no other, and with more time
-    assert "1 failed, 0 to start" in said and "1 runs submitted as job" in said
+    assert "1 failed, 0 to start" in said and "1 run submitted as job" in said
     assert jobs()[0] == first[0] and len(jobs()[1]) == 2
     assert "TimeLimit=01:30:00" in ask(cluster, "scontrol", "show", "job", jobs()[1][-1])
     wait_until(lambda: len(list(folder.glob("sweep-1/*/*/*/*/results.json"))) == 2, look, timeout=LONG)

@@ -204,7 +204,7 @@ def test_another_try_gets_the_launchers_keys_of_this_call(
     said: list[str] = []
     asked = replace(run, config=run.config.model_copy(update={"launcher": launcher}))
     assert complete(tmp_path, [asked], wait=True, say=said.append) is None
-    assert tries == [(minutes, [0])] and said[0] == "1 runs: 0 done, 1 failed, 0 to start"
+    assert tries == [(minutes, [0])] and said[0] == "1 run: 0 done, 1 failed, 0 to start"
     assert any("goes on with launcher=local" in line for line in said) == (name == "slurm")
 
 
