@@ -232,8 +232,8 @@ class StageRun:
         if after.loss - before[0].eval_loss <= self.run.trainer.watch.loss_rise:
             return ()
         return (
-            f"the evaluation loss is {after.loss:.4f}, and was {before[0].eval_loss:.4f} after stage {before[0].name}:"
-            f" {self.state.done} steps were too few for what this stage trains",
+            f"the evaluation loss is {after.loss:.4f} after {self.state.done} steps, and was {before[0].eval_loss:.4f}"
+            f" after stage {before[0].name}; give this stage more steps, or another learning rate",
         )
 
     # -- log -----------------------------------------------------------------------------------------------------------

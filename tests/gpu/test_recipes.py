@@ -71,7 +71,7 @@ def losses(run_dir):
 
 @every_recipe
 def test_a_run_is_the_run_of_a_cpu(recipe, tmp_path):
-    """Six steps of the trainer, from the same start: losses, and the routing that it leaves behind."""
+    """Six steps of the trainer, from the same start: the losses, step by step."""
     for device in ("cpu", "cuda"):
         (tmp_path / device).mkdir()
         config = short_run(recipe, tmp_path / device, "experts.dropout=0")

@@ -172,5 +172,5 @@ def test_a_stage_that_leaves_the_loss_higher_than_it_found_it(rise: float, warne
     summary = train(make_parts(aux={}), make_trainer(stages=stages, watch={"loss_rise": rise}), tmp_path)
     before, after = (stage.eval_loss for stage in summary.stages)
     assert 0.01 < after - before < 0.1
-    said = f"soft: the evaluation loss is {after:.4f}, and was {before:.4f} after stage hard: 3 steps were too few"
+    said = f"soft: the evaluation loss is {after:.4f} after 3 steps, and was {before:.4f} after stage hard; give this"
     assert [text.startswith(said) for text in summary.warnings if "evaluation loss" in text] == [True] * warned
