@@ -44,7 +44,9 @@ def scored_later(run: Found, benchmark: str) -> list[str]:
     stored = value_at(run.status.results.get("scores", {}).get(benchmark), "made_with.task")
     found = []
     for key, usual in SCORED_WITH.items():
-        said = own.get(f"eval.{key}", json.dumps(usual))
+        said = own.get(
+            f"eval.{key}", json.dumps(usual)
+        )  # as YAML: of such values JSON is a part, but for True and Null
         if isinstance(stored, dict) and key in stored and json.dumps(stored[key]) != said.lower():
             found.append(f"eval.{key}={shown(json.dumps(stored[key]))}")
     return found

@@ -71,32 +71,54 @@ def some_weights(tokens, experts, most, dtype=torch.float64, seed=3):
     return w
 
 
-def assert_equals_loop(form, ranks, tokens, most, dtype, tolerance=None, skewed=False, bounded=True):
-    bank = make_bank(ranks, form=form).to(dtype)
-    base = nn.Linear(8, 12).to(dtype).requires_grad_(False)
-    x = torch.randn(tokens, 8, dtype=dtype, requires_grad=True)
-    w = some_weights(tokens, len(ranks), most, dtype)
+def assert_equals_loop(
+    form,
+    ranks,
+    tokens,
+    most,
+    dtype,
+    tolerance=None,
+    skewed=False,
+    bounded=True,
+    device="cpu",
+    widths=(8, 12),
+    experts=None,
+    relative=None,
+):
+    """Elementwise within `tolerance`, or each tensor as a whole within `relative` in the Frobenius norm. `experts`: the
+    dtype of bank and weights, else that of the base."""
+    experts = experts or dtype
+    bank = make_bank(ranks, *widths, form=form).to(device, experts)
+    base = nn.Linear(*widths).to(device, dtype).requires_grad_(False)
+    x = torch.randn(tokens, widths[0], dtype=dtype, device=device, requires_grad=True)
+    w = some_weights(tokens, len(ranks), most, experts)
     if skewed:  # nearly everybody goes to the first experts
         w = torch.where(torch.arange(tokens)[:, None] % 7 == 3, w, w.sort(dim=1, descending=True).values)
-    w.requires_grad_()
+    w = w.to(device).requires_grad_()
     layer = layer_of(bank, w, most if bounded else None, base)
     expected = form if bounded and len(set(ranks)) == 1 and most < len(ranks) else "concatenated"
     assert bank.form_for(most if bounded else None, tokens) == expected
     fast = run(layer, x)
+    assert fast.device.type == device and fast.dtype == dtype
     probe = torch.randn_like(fast)
     inputs = [x, w, bank.down, bank.up]
     fast_grads = torch.autograd.grad((fast * probe).sum(), inputs)
     if tokens == 0:
         assert all(torch.isfinite(g).all() for g in fast_grads)
         return
-    exact = [t.detach().double().requires_grad_() for t in inputs]
-    slow = mixture(exact[0], base.weight.double(), base.bias.double(), pairs(bank, exact[2], exact[3]), exact[1])
-    slow_grads = torch.autograd.grad((slow * probe).sum(), exact)
-    used = w != 0  # nobody reads the gradient of a weight that selection set to zero
-    for ours, twin in zip((fast, *fast_grads), (slow, *slow_grads), strict=True):
-        if ours.shape == w.shape and ours is fast_grads[1]:
+    exact = [t.detach().cpu().double().requires_grad_() for t in inputs]
+    weight, bias = base.weight.cpu().double(), base.bias.cpu().double()
+    slow = mixture(exact[0], weight, bias, pairs(bank, exact[2], exact[3]), exact[1])
+    slow_grads = torch.autograd.grad((slow * probe.cpu().double()).sum(), exact)
+    used = (w != 0).cpu()  # nobody reads the gradient of a weight that selection set to zero
+    for name, ours, twin in zip("yxwdu", (fast, *fast_grads), (slow, *slow_grads), strict=True):
+        ours, twin = ours.detach().cpu().double(), twin.detach()
+        if name == "w":
             ours, twin = ours * used, twin * used
-        torch.testing.assert_close(ours.double(), twin, **(tolerance or {}))
+        if relative is None:
+            torch.testing.assert_close(ours, twin, **(tolerance or {}))
+        else:
+            assert (ours - twin).norm() <= relative * twin.norm(), (name, float((ours - twin).norm() / twin.norm()))
 
 
 @pytest.mark.parametrize("form", FORMS)

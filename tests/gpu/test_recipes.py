@@ -1,10 +1,9 @@
 """Every shipped recipe on a GPU against the same on the CPU."""
 
-import json
-
 import pytest
 import torch
 
+from tests.cli import losses
 from tests.composing import RECIPE_NAMES
 from tests.gpu.conftest import forget_device
 from tests.recipe_passes import CASES, check_reached, enter_stage, make, one_pass
@@ -13,6 +12,12 @@ from tests.test_routed_model import ids_of, stir
 
 pytestmark = pytest.mark.gpu
 every_recipe = pytest.mark.parametrize("recipe", RECIPE_NAMES)
+
+
+@pytest.fixture
+def deterministic():
+    yield
+    torch.use_deterministic_algorithms(False)
 
 
 def close(ours, theirs, name, *, relative=2e-4):
@@ -64,11 +69,6 @@ def test_generation_with_a_cache(recipe, kind, tmp_path):
     assert torch.equal(*spoken) and spoken[0].shape[1] > ids.shape[1]
 
 
-def losses(run_dir):
-    lines = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
-    return [line["loss"] for line in lines if line["kind"] == "train"]
-
-
 @every_recipe
 def test_a_run_is_the_run_of_a_cpu(recipe, tmp_path):
     """Six steps of the trainer, from the same start: the losses, step by step."""
@@ -94,9 +94,3 @@ def test_resumed_in_the_middle_it_is_the_same_run(recipe, tmp_path, deterministi
     again.train(tmp_path / "again", resume=tmp_path / "run" / "checkpoints" / "step_000002")
     assert differing(before, whole.weights())
     assert differing(whole.weights(), again.weights()) == []
-
-
-@pytest.fixture
-def deterministic():
-    yield
-    torch.use_deterministic_algorithms(False)
